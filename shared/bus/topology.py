@@ -1,0 +1,120 @@
+"""Who sends through which exchange, under which key, into which queue.
+
+Every exchange has one kind of sender, so that the broker's topic permissions can tell who may say
+what; the routing key names the sender (towards the scheduler) or the receiver (away from it).
+
+    exchange            from                to              routing key
+    tranche.inbox       gateway             scheduler       gateway.<boot>
+                        worker              scheduler       worker.<boot>
+                        estimator           scheduler       estimator.<boot>
+    tranche.orders      scheduler           worker          worker.<boot>, or `beat`
+    tranche.notices     scheduler           gateway         gateway.<boot>, or `beat`
+    tranche.tokens      worker              gateway         gateway.<boot>
+    tranche.asks        gateway             worker          worker.<boot>
+    tranche.history     scheduler           estimator       finished, or `beat`
+"""
+
+from shared.bus.api import Address, QueueSpec
+from shared.messages import (
+    DrainWorker,
+    Drop,
+    FinishAck,
+    Finished,
+    Recall,
+    Rejected,
+    RunSlice,
+    SchedulerBeat,
+    SendTokens,
+    TokenBatch,
+)
+
+INBOX = "tranche.inbox"
+ORDERS = "tranche.orders"
+NOTICES = "tranche.notices"
+TOKENS = "tranche.tokens"
+ASKS = "tranche.asks"
+HISTORY = "tranche.history"
+EXCHANGES = (INBOX, ORDERS, NOTICES, TOKENS, ASKS, HISTORY)
+BEAT = "beat"
+EPOCH_QUEUE = "tranche.epoch"
+
+SCHEDULER_QUEUE = QueueSpec(
+    name="tranche.scheduler",
+    kind="durable",
+    bindings=((INBOX, "#"),),
+    prefetch=200,
+    single_active_consumer=True,
+)
+ESTIMATOR_QUEUE = QueueSpec(
+    name="tranche.estimator", kind="durable", bindings=((HISTORY, "finished"),), prefetch=200
+)
+
+
+def gateway_queue(boot_id: str) -> QueueSpec:
+    """What a gateway reads: tokens from workers, notices and beats from the scheduler."""
+    return QueueSpec(
+        name=f"tranche.gateway.{boot_id}",
+        kind="exclusive",
+        bindings=((TOKENS, f"gateway.{boot_id}"), (NOTICES, f"gateway.{boot_id}"), (NOTICES, BEAT)),
+        prefetch=500,
+    )
+
+
+def worker_queue(boot_id: str) -> QueueSpec:
+    """What a worker reads: orders and beats from the scheduler, acknowledgements from gateways."""
+    return QueueSpec(
+        name=f"tranche.worker.{boot_id}",
+        kind="exclusive",
+        bindings=((ORDERS, f"worker.{boot_id}"), (ORDERS, BEAT), (ASKS, f"worker.{boot_id}")),
+        prefetch=200,
+    )
+
+
+def estimator_beat_queue(boot_id: str) -> QueueSpec:
+    """The scheduler's beats, for an estimator: a new epoch wants a forecast."""
+    return QueueSpec(
+        name=f"tranche.estimator.{boot_id}", kind="exclusive", bindings=((HISTORY, BEAT),)
+    )
+
+
+def from_gateway(boot_id: str) -> Address:
+    """The address for all that a gateway says to the scheduler."""
+    return Address(INBOX, f"gateway.{boot_id}")
+
+
+def from_worker(boot_id: str) -> Address:
+    """The address for all that a worker says to the scheduler."""
+    return Address(INBOX, f"worker.{boot_id}")
+
+
+def from_estimator(boot_id: str) -> Address:
+    """The address for all that an estimator says to the scheduler."""
+    return Address(INBOX, f"estimator.{boot_id}")
+
+
+def addresses_of(
+    message: RunSlice
+    | Drop
+    | SendTokens
+    | DrainWorker
+    | Recall
+    | Rejected
+    | SchedulerBeat
+    | Finished
+    | TokenBatch
+    | FinishAck,
+) -> tuple[Address, ...]:
+    """Where a message goes that names its receiver; a beat goes to everybody."""
+    match message:
+        case RunSlice() | Drop() | SendTokens() | DrainWorker():
+            return (Address(ORDERS, f"worker.{message.worker}"),)
+        case Recall() | Rejected():
+            return (Address(NOTICES, f"gateway.{message.gateway}"),)
+        case SchedulerBeat():
+            return (Address(ORDERS, BEAT), Address(NOTICES, BEAT), Address(HISTORY, BEAT))
+        case Finished():
+            return (Address(HISTORY, "finished"),)
+        case TokenBatch():
+            return (Address(TOKENS, f"gateway.{message.gateway}"),)
+        case FinishAck():
+            return (Address(ASKS, f"worker.{message.worker}"),)
