@@ -20,10 +20,10 @@ class UnknownSetting(Exception):
 class ServiceSettings(BaseSettings):
     """The base of each service's settings. A subclass sets `service` and its env_prefix:
 
-        class GatewaySettings(ServiceSettings):
-            service = "gateway"
-            model_config = settings_config("gateway")
-            port: int = 8000
+    class GatewaySettings(ServiceSettings):
+        service = "gateway"
+        model_config = settings_config("gateway")
+        port: int = 8000
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
