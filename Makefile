@@ -1,0 +1,63 @@
+# What one does with a clone of this repository. Every target does its own set-up in .venv.
+#
+# For `make serve`:  PORT WORKERS POLICY ENGINE MODEL BUS      For all:  PYTHON TORCH=cpu|cuda|auto
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PORT ?= 8000
+WORKERS ?= 1
+POLICY ?=
+ENGINE ?=
+MODEL ?=
+BUS ?=
+TESTS ?= tests
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHON TORCH VENV
+
+.PHONY: help serve test check format docs compose-test setup-serve setup-dev clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+serve: setup-serve ## the whole mesh on this machine, with the demo model, on PORT (8000)
+	@exec $(BIN)/tranche serve --port $(PORT) --workers $(WORKERS) \
+	  $(if $(POLICY),--policy $(POLICY)) $(if $(ENGINE),--engine $(ENGINE)) \
+	  $(if $(MODEL),--model $(MODEL)) $(if $(BUS),--bus '$(BUS)')
+
+test: setup-dev ## all tests; starts a private RabbitMQ, installing it where it is missing and it may
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+check: setup-dev ## format, lint, types, imports, docs
+	@echo '[check] format'; $(BIN)/ruff format --check -q .
+	@echo '[check] lint'; $(BIN)/ruff check -q .
+	@echo '[check] types'; $(BIN)/mypy
+	@echo '[check] imports'; $(BIN)/lint-imports --no-timing | tail -n 4
+	@echo '[check] yaml'; $(BIN)/yamllint -s .
+	@echo '[check] shell'; bash -n $$(git ls-files '*.sh') .ci/run
+	@echo '[check] docs'; $(BIN)/python -m pytest -p no:cacheprovider tests/test_docs.py tests/test_architecture.py
+
+format: setup-dev ## rewrite the code as `make check` wants it
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+docs: setup-dev ## rewrite the file tree in docs/architecture.md
+	@$(BIN)/python deploy/setup/file_tree.py --write
+
+compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
+	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test
+
+setup-serve:
+	@deploy/setup/venv.sh serve
+
+setup-dev:
+	@deploy/setup/venv.sh dev
+
+clean: ## remove .venv, caches and what runs have left
+	rm -rf $(VENV) .run .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
+	  build dist ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
