@@ -5,15 +5,21 @@ error, also in the environment: a misspelt variable must not be silently without
 """
 
 import os
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TRANCHE_"
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["json", "console"]
 
 
-class UnknownSetting(Exception):
+class SetupError(Exception):
+    """The user must put something right before the service can run; the text says what."""
+
+
+class UnknownSetting(SetupError):
     """A TRANCHE_ variable of this service that no setting answers to."""
 
 
@@ -26,20 +32,23 @@ class ServiceSettings(BaseSettings):
         port: int = 8000
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     service: ClassVar[str] = ""
 
     bus: str = "memory://"
     """memory:// (one process) or amqp://user:password@host:port/vhost."""
-    log_level: str = "info"
-    log_format: str = "json"
+    log_level: LogLevel = "info"
+    """debug, info, warning or error; debug shows tracebacks."""
+    log_format: LogFormat = "json"
     """json, or console for people."""
     ops_host: str = "127.0.0.1"
+    """Where the operations port listens."""
     ops_port: int = 0
     """/health, /ready and /metrics of a service without REST; 0: none."""
     otlp_endpoint: str = ""
     """Base address of an OTLP/HTTP collector, such as http://jaeger:4318; empty: no traces."""
     trace_sample_ratio: float = 1.0
+    """Share of requests that are traced, 0 to 1."""
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -69,7 +78,10 @@ class ServiceSettings(BaseSettings):
 def settings_config(service: str) -> SettingsConfigDict:
     """The pydantic configuration of one service's settings."""
     return SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=f"{PREFIX}{service.upper()}_", cli_kebab_case=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        env_prefix=f"{PREFIX}{service.upper()}_",
     )
 
 

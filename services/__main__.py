@@ -1,0 +1,5 @@
+"""`python -m services` is `tranche`."""
+
+from services.cli import main
+
+main()

@@ -1,0 +1,138 @@
+"""The `tranche` command: which commands there are, and how a failure is told to the user.
+
+The one module that may reach everything, on demand: only the chosen command is loaded, so that
+`tranche --help` answers at once and a gateway never loads a worker's libraries.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+FAILURE_EXIT_CODE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: what the overview says of it, and how to get its function."""
+
+    summary: str
+    load: Callable[[], Callable[..., None]]
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    arguments = sys.argv[1:]
+    try:
+        app(arguments[0] if arguments else "")(arguments, prog_name="tranche")
+    except Exception as error:
+        print(f"tranche: {explain(error)}", file=sys.stderr)  # noqa: T201
+        if debugging(arguments):
+            traceback.print_exception(error)
+        sys.exit(FAILURE_EXIT_CODE)
+
+
+def app(chosen: str) -> typer.Typer:
+    """The command line with the `chosen` command loaded and the others by name only."""
+    commands = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        help="Tranche serves large language models slice by slice.",
+    )
+    for name, command in COMMANDS.items():
+        function = command.load() if name == chosen else _named_only
+        commands.command(name, help=command.summary)(function)
+    return commands
+
+
+def explain(error: BaseException) -> str:
+    """One line for the user: the cause, without a traceback."""
+    causes = list(_leaves(error))
+    said = dict.fromkeys(" ".join(str(cause).split()) or repr(cause) for cause in causes)
+    text = "; ".join(said)
+    expected = all(isinstance(cause, _expected_errors()) for cause in causes)
+    return (
+        text if expected else f"{type(causes[0]).__name__}: {text} (--log-level debug shows more)"
+    )
+
+
+def debugging(arguments: list[str]) -> bool:
+    """Whether the user asked for tracebacks."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    flags = "--log-level=debug" in arguments or ("--log-level", "debug") in pairs
+    name = arguments[0] if arguments else ""
+    return flags or os.environ.get(f"TRANCHE_{name.upper()}_LOG_LEVEL") == "debug"
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    from shared.bus.api import BusError
+    from shared.config import SetupError
+
+    return (SetupError, BusError, OSError)
+
+
+def _named_only() -> None:
+    raise AssertionError("only the chosen command is ever called")
+
+
+def _service(name: str) -> Callable[..., None]:
+    from services.options import command_of
+    from services.process import run_service, settings_class
+
+    return command_of(settings_class(name), run_service, COMMANDS[name].summary)
+
+
+def _serve() -> Callable[..., None]:
+    from services.mesh import run_mesh
+    from services.mesh_settings import MeshSettings
+    from services.options import command_of
+
+    return command_of(MeshSettings, run_mesh, COMMANDS["serve"].summary)
+
+
+def _bench() -> Callable[..., None]:
+    try:
+        from bench.cli import bench
+    except ModuleNotFoundError as error:
+        from shared.config import SetupError
+
+        raise SetupError(f"{error}; tranche bench needs: pip install 'tranche[bench]'") from error
+    return bench
+
+
+def _keys() -> Callable[..., None]:
+    from services.gateway.keys import make_key
+
+    def keys(
+        tenant: Annotated[str, typer.Argument(help="Whose requests the key stands for.")],
+    ) -> None:
+        key, line = make_key(tenant)
+        typer.echo(f"key, shown only now: {key}", err=True)
+        typer.echo(line)
+
+    return keys
+
+
+COMMANDS = {
+    "serve": Command("The whole mesh on this machine, in one process.", _serve),
+    "gateway": Command("The REST interface of a mesh.", lambda: _service("gateway")),
+    "scheduler": Command("Decides which worker runs which slice.", lambda: _service("scheduler")),
+    "estimator": Command("Learns how long outputs get.", lambda: _service("estimator")),
+    "worker": Command("Holds the model and runs slices.", lambda: _service("worker")),
+    "bench": Command("A workload against a live OpenAI-compatible server.", _bench),
+    "keys": Command("Make an API key and its line for the gateway's key file.", _keys),
+}

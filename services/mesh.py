@@ -1,0 +1,162 @@
+"""`tranche serve`: all four services in one process and one event loop.
+
+Every service is the same as in a mesh of its own: it has its own bus (in memory, where messages
+are encoded all the same, or RabbitMQ), and knows the others only through messages. At the end the
+gateway drains first, while there are still workers for the requests it holds; then the rest.
+"""
+
+import asyncio
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from services.estimator.settings import EstimatorSettings
+from services.gateway.settings import GatewaySettings
+from services.mesh_settings import MeshSettings
+from services.process import run_until_signalled, serve_one
+from services.scheduler.settings import SchedulerSettings
+from services.worker.settings import WorkerSettings
+from shared.config import ServiceSettings, SetupError
+
+READY_POLL_S = 0.05
+READY_TIMEOUT_S = 1.0
+LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
+"""Where a server is reached from its own machine, when it listens everywhere."""
+
+BANNER = """
+Tranche is ready after {seconds:.1f} s:  {url}
+  model {model}   policy {policy}   engine {engine}   workers {workers}   bus {bus}
+
+Try it:
+  curl -N {url}/v1/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "prompt": "ROMEO:\\n", "max_tokens": 200, "stream": true}}'
+
+Ctrl-C ends it, after the requests that run.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The settings of every service of one mesh."""
+
+    estimator: EstimatorSettings
+    scheduler: SchedulerSettings
+    workers: tuple[WorkerSettings, ...]
+    gateway: GatewaySettings
+
+    @property
+    def url(self) -> str:
+        """The gateway's base URL, from this machine."""
+        host = LOCAL_HOSTS.get(self.gateway.host, self.gateway.host)
+        return f"http://{host}:{self.gateway.port}"
+
+
+def run_mesh(settings: MeshSettings) -> None:
+    """Serve until a signal. Raises SetupError, BusUnavailable, OSError."""
+    mesh = plan(settings)
+    started = time.monotonic()
+
+    def announce() -> None:
+        print(banner(mesh, time.monotonic() - started), file=sys.stderr, flush=True)  # noqa: T201
+
+    run_until_signalled(lambda stop: serve_mesh(mesh, stop, announce))
+
+
+async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
+    """Run the whole mesh until `stop` is set, then drain it.
+
+    `on_ready` is called as soon as a first request would be served. Raises what a service raises,
+    in an ExceptionGroup.
+    """
+    registry = CollectorRegistry()
+    stop_backstage = asyncio.Event()
+    backstage: tuple[ServiceSettings, ...] = (mesh.estimator, mesh.scheduler, *mesh.workers)
+    async with asyncio.TaskGroup() as tasks:
+        for settings in backstage:
+            tasks.create_task(serve_one(settings, stop_backstage, registry), name=settings.service)
+        serving = tasks.create_task(serve_one(mesh.gateway, stop, registry), name="gateway")
+        announcing = tasks.create_task(_announce(mesh.url, on_ready), name="announce")
+        await asyncio.wait((serving,))
+        announcing.cancel()
+        stop_backstage.set()
+
+
+def plan(settings: MeshSettings) -> Mesh:
+    """The settings of all services: what `tranche serve` was told, then their own environment.
+
+    Raises SetupError and pydantic.ValidationError.
+    """
+    told = settings.model_dump(include=settings.model_fields_set, exclude_none=True)
+    common: dict[str, Any] = {
+        "bus": settings.bus,
+        "log_level": settings.log_level,
+        "log_format": settings.log_format,
+        **_some(told, "otlp_endpoint", "trace_sample_ratio"),
+    }
+    model = checked_model(settings.model)
+    threads = max(1, (os.cpu_count() or 1) // settings.workers)
+    if "TRANCHE_WORKER_TORCH_THREADS" not in os.environ:
+        told["torch_threads"] = threads
+    return Mesh(
+        estimator=EstimatorSettings.load(**common),
+        scheduler=SchedulerSettings.load(**common, **_some(told, "policy", "slice_tokens", "set")),
+        workers=tuple(
+            WorkerSettings.load(
+                **common, **_some(told, "engine", "torch_threads"), model=model, name=f"worker-{n}"
+            )
+            for n in range(1, settings.workers + 1)
+        ),
+        gateway=GatewaySettings.load(**common, **_some(told, "host", "port"), model=model),
+    )
+
+
+def checked_model(model: str) -> str:
+    """The model, if it is a hub id or a folder that holds one. Raises SetupError."""
+    is_path = model.startswith((".", "/", "~")) or Path(model).is_dir()
+    if not is_path:
+        return model
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise SetupError(
+            f"there is no model in {folder}: --model takes a folder with config.json, "
+            "tokenizer and weights, or an id at the Hugging Face hub"
+        )
+    return str(folder)
+
+
+def banner(mesh: Mesh, seconds: float) -> str:
+    """What people read when the mesh is ready."""
+    return BANNER.format(
+        url=mesh.url,
+        seconds=seconds,
+        model=mesh.workers[0].served_name(),
+        policy=mesh.scheduler.policy,
+        engine=mesh.workers[0].engine,
+        workers=len(mesh.workers),
+        bus=mesh.gateway.masked()["bus"],
+    )
+
+
+async def _announce(url: str, on_ready: Callable[[], None]) -> None:
+    while not await asyncio.to_thread(_is_ready, url):  # noqa: ASYNC110 - asked as a client would
+        await asyncio.sleep(READY_POLL_S)
+    on_ready()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=READY_TIMEOUT_S) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _some(told: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: told[name] for name in names if name in told}
