@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -14,13 +15,16 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from shared.bus.api import Bus
-from shared.bus.connect import make_bus
 from shared.config import ServiceSettings, SetupError
 from shared.telemetry import setup
+from shared.telemetry.metered_bus import make_metered_bus
 from shared.telemetry.setup import Telemetry
 
 SERVICES = ("gateway", "scheduler", "estimator", "worker")
 HARD_EXIT_CODE = 130
+_importing = threading.Lock()
+"""One at a time: large packages that import each other from two threads may see each other half
+made."""
 
 
 class Serve(Protocol):
@@ -40,7 +44,8 @@ def settings_class(service: str) -> type[ServiceSettings]:
 
 def serve_function(service: str) -> Serve:
     """The serve() of a service; loading it may load torch."""
-    serve: Serve = importlib.import_module(f"services.{service}.service").serve
+    with _importing:
+        serve: Serve = importlib.import_module(f"services.{service}.service").serve
     return serve
 
 
@@ -70,18 +75,23 @@ async def serve_one(
     """
     telemetry = setup.start(settings, boot_id_of(settings), registry)
     telemetry.log.info("settings", **settings.masked())
-    serve = await asyncio.to_thread(serve_function, settings.service)
-    async with open_bus(settings, stop) as bus:
-        if not stop.is_set():
-            await serve(settings, bus, telemetry, stop)
-    telemetry.log.info("stopped")
+    try:
+        serve = await asyncio.to_thread(serve_function, settings.service)
+        async with open_bus(settings, telemetry.registry, stop) as bus:
+            if not stop.is_set():
+                await serve(settings, bus, telemetry, stop)
+        telemetry.log.info("stopped")
+    finally:
+        await asyncio.to_thread(setup.stop, telemetry)
 
 
 @contextlib.asynccontextmanager
-async def open_bus(settings: ServiceSettings, stop: asyncio.Event) -> AsyncIterator[Bus]:
+async def open_bus(
+    settings: ServiceSettings, registry: CollectorRegistry, stop: asyncio.Event
+) -> AsyncIterator[Bus]:
     """A connected bus, closed at the end. Opening ends early when `stop` is set."""
     try:
-        bus = make_bus(settings.bus, service=settings.service)
+        bus = make_metered_bus(settings.bus, service=settings.service, registry=registry)
     except ValueError as error:
         raise SetupError(f"--bus: {error}") from error
     opening = asyncio.ensure_future(bus.open())
