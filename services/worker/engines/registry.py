@@ -1,0 +1,27 @@
+"""Engines by name. Each is imported only when it is asked for: their libraries are heavy."""
+
+from collections.abc import Callable
+
+from services.worker.engines.api import Engine
+from services.worker.settings import WorkerSettings
+from shared.config import SetupError
+
+
+class UnknownEngine(SetupError):
+    """No engine has this name."""
+
+
+def _padded(settings: WorkerSettings) -> Engine:
+    from services.worker.engines.padded import make_padded
+
+    return make_padded(settings)
+
+
+ENGINES: dict[str, Callable[[WorkerSettings], Engine]] = {"padded": _padded}
+
+
+def engine_maker(name: str) -> Callable[[WorkerSettings], Engine]:
+    """What makes the engine. Raises UnknownEngine."""
+    if name not in ENGINES:
+        raise UnknownEngine(f"there is no engine {name!r}; choose one of: {', '.join(ENGINES)}")
+    return ENGINES[name]

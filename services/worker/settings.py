@@ -1,0 +1,55 @@
+"""The worker's settings."""
+
+import socket
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from shared.config import ServiceSettings, settings_config
+
+Device = Literal["auto", "cpu", "cuda"]
+DataType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class WorkerSettings(ServiceSettings):
+    """One worker: one model on one device, run by one engine."""
+
+    model_config = settings_config("worker")
+    service: ClassVar[str] = "worker"
+
+    name: str = Field(default_factory=socket.gethostname)
+    """Shown in metrics, traces and on the dashboard; its queue adds a random part. Default: the
+    host's name, which tells scaled containers apart."""
+    model: str = ""
+    """A folder, or an id on the model hub, of a causal language model of transformers."""
+    model_name: str = ""
+    """What requests call it; empty: the folder's own name, or the hub id."""
+    revision: str = ""
+    """A branch, tag or commit of a hub model; empty: the default branch."""
+    engine: str = "padded"
+    device: Device = "auto"
+    """auto: CUDA where there is one."""
+    dtype: DataType = "auto"
+    """auto: the checkpoint's own type on CUDA, float32 on a CPU."""
+    torch_threads: int = Field(default=0, ge=0)
+    """Threads for arithmetic on the CPU; 0: PyTorch's own choice, which is every core."""
+
+    context_tokens_max: int = Field(default=0, ge=0)
+    """Longest prompt plus output; 0: the model's own limit."""
+    batch_size_max: int = Field(default=256, ge=0)
+    """Most requests in one batch; 0: only memory limits it."""
+    kv_tokens: int = Field(default=0, ge=0)
+    """KV cache capacity in tokens; 0: from the free memory at the start."""
+    kv_memory_share: float = Field(default=0.0, ge=0.0, le=0.95)
+    """Share of the free memory for the KV cache; 0: 0.85 on CUDA, 0.2 on a CPU, where other
+    processes live too."""
+    prefill_chunk_tokens: int = Field(default=4096, ge=1)
+    """Most input tokens, padding counted, in one iteration of prefill: it bounds how long a
+    cancelled request still costs, and the memory of activations."""
+
+    def served_name(self) -> str:
+        """The model's name in requests."""
+        if self.model_name:
+            return self.model_name
+        folder = self.model.rstrip("/")
+        return folder.rsplit("/", 1)[-1] if folder.startswith((".", "/")) else folder
