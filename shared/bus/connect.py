@@ -12,7 +12,15 @@ _brokers: dict[str, MemoryBroker] = {}
 
 def memory_broker(url: str = "memory://") -> MemoryBroker:
     """The process-wide broker of a memory:// address; memory://name is one of its own."""
-    return _brokers.setdefault(urlsplit(url).netloc, MemoryBroker())
+    name = urlsplit(url).netloc
+    if name not in _brokers:
+        _brokers[name] = MemoryBroker()
+    return _brokers[name]
+
+
+def forget_memory_broker(url: str) -> None:
+    """The next bus at this address finds an empty broker."""
+    _brokers.pop(urlsplit(url).netloc, None)
 
 
 def make_bus(url: str, *, service: str, on_dead_letter: OnDeadLetter | None = None) -> Bus:
