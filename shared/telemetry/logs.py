@@ -15,16 +15,16 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from shared.config import LogFormat, LogLevel
 from shared.telemetry.secrets import mask
 from shared.telemetry.tracing import trace_id_of
 
-LEVELS: Mapping[str, int] = {
+LEVELS: Mapping[LogLevel, int] = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-FORMATS = ("json", "console")
 OWN_PACKAGES = ("shared", "services", "sim", "bench")
 NOISY_LIBRARIES = ("uvicorn", "uvicorn.access", "uvicorn.error", "aio_pika", "aiormq")
 
@@ -55,15 +55,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
         return event
 
 
-def configure_logs(service: str, boot_id: str, level: str, log_format: str) -> None:
-    """Route this process's logs to stderr; later calls add services and set the format anew.
-
-    Raises ValueError for an unknown level or format.
-    """
-    if level.lower() not in LEVELS:
-        raise ValueError(f"unknown log level {level!r}; choose one of {', '.join(LEVELS)}")
-    if log_format not in FORMATS:
-        raise ValueError(f"unknown log format {log_format!r}; choose one of {', '.join(FORMATS)}")
+def configure_logs(service: str, boot_id: str, level: LogLevel, log_format: LogFormat) -> None:
+    """Route this process's logs to stderr; later calls add services and set the format anew."""
     root = logging.getLogger()
     handler = next((h for h in root.handlers if isinstance(h, LineHandler)), None)
     if handler is None:
@@ -73,8 +66,8 @@ def configure_logs(service: str, boot_id: str, level: str, log_format: str) -> N
     handler.services[service] = boot_id
     handler.setFormatter(_formatter(handler, log_format))
     for own in (f"tranche.{service}", *OWN_PACKAGES):
-        logging.getLogger(own).setLevel(LEVELS[level.lower()])
-    if LEVELS[level.lower()] <= logging.DEBUG:
+        logging.getLogger(own).setLevel(LEVELS[level])
+    if LEVELS[level] <= logging.DEBUG:
         root.setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     for library in NOISY_LIBRARIES:
@@ -125,7 +118,7 @@ _SHARED: tuple[Processor, ...] = (
 _wrap = structlog.stdlib.ProcessorFormatter.wrap_for_formatter
 
 
-def _formatter(handler: LineHandler, log_format: str) -> structlog.stdlib.ProcessorFormatter:
+def _formatter(handler: LineHandler, log_format: LogFormat) -> structlog.stdlib.ProcessorFormatter:
     renderer: Processor
     if log_format == "console":
         renderer = structlog.dev.ConsoleRenderer(

@@ -12,12 +12,13 @@ SECRET_NAMES = re.compile(
     r"(?i)(?:^|[_-])(?:authorization|password|passwd|secret|cookie|api[_-]?keys?|access[_-]?token)$"
 )
 _URL_PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s]*@")
-_HEADER = re.compile(
-    r"(?i)\b((?:proxy-)?authorization|x-api-key|api[_-]?key|set-cookie|cookie)"
-    r"(['\"]?\s*[:=,]\s*b?['\"]?)"
-    r"(?:(?:bearer|basic|token)\s+)?[^\s'\",;)]+"
+_NAMED = re.compile(
+    r"(?i)\b((?:[a-z0-9]+[-_])*"
+    r"(?:authorization|api[_-]?keys?|cookie|password|passwd|secret|access[_-]?token))"
+    r"(['\"]?\s*[:=,]\s*(?:b(?=['\"]))?['\"]?)"
+    r"(?:(?:bearer|basic|token)\s+)?[^\s'\",;)}]+"
 )
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9._~+/=-]{6,}")
+_BEARER = re.compile(r"(?i)\b(bearer)\s+[a-z0-9._~+/=-]{6,}")
 _API_KEY = re.compile(r"\b(?:sk|tr)-[A-Za-z0-9_-]{8,}")
 
 
@@ -44,7 +45,7 @@ def mask(value: Any, depth: int = DEPTH_MAX) -> Any:
 def mask_text(text: str) -> str:
     """The text with its passwords, authorization headers and API keys replaced by ***."""
     text = _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
-    text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
+    text = _NAMED.sub(rf"\1\2{HIDDEN}", text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)
     return _API_KEY.sub(HIDDEN, text)
 

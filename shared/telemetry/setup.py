@@ -43,8 +43,8 @@ def start(
 ) -> Telemetry:
     """Set up logs and traces for this process and return the service's handles.
 
-    May be called once per service in one process. Raises ValueError for settings that make no
-    sense (log level, log format, sample ratio).
+    May be called once per service in one process. Raises ValueError for a sample ratio
+    outside 0 to 1.
     """
     configure_logs(settings.service, boot_id, settings.log_level, settings.log_format)
     if registry is None:
