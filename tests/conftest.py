@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,13 @@ async def any_bus(any_bus_url: str) -> AsyncIterator[Bus]:
     await bus.open()
     yield bus
     await bus.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
 
 
 def source_files() -> list[PurePosixPath]:
-    """Python files that git knows, or would if asked, but for the empty `__init__.py`."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.py"]
+    """Python files that git knows, but for the empty `__init__.py`."""
+    command = ["git", "ls-files", "--", "*.py"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
     paths = [PurePosixPath(line) for line in listed.stdout.splitlines()]
     return sorted(
