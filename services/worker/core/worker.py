@@ -1,0 +1,396 @@
+"""The worker's mind: which orders it takes, what it holds, what it owes to whom. Pure.
+
+Theory of operation. Orders arrive at least once, possibly late and from a deposed scheduler; the
+engine reports iterations. From both follow: batches for the engine, tokens for gateways
+(`outbox`), results and beats for the scheduler. Tokens are kept until a gateway confirms the end
+(`retained`), so that they can be sent again. A batch ends with exactly one `SliceDone`.
+
+Draining: nothing new is taken, what waits is given back, what runs ends, tokens go out, then the
+last beat says `leaving`.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import msgspec
+
+from services.worker.core.events import (
+    BatchBegan,
+    BatchRefused,
+    CancelRequest,
+    Command,
+    EngineStepped,
+    Event,
+    GiveBack,
+    Leave,
+    Reconnected,
+    StartBatch,
+    StopWanted,
+    TokensNotSent,
+    TokensSent,
+)
+from services.worker.core.orders import batch_fault, order_fault
+from services.worker.core.outbox import Outbox
+from services.worker.core.retained import Retained
+from services.worker.engines.api import EngineInfo, SliceEnd, StepTokens
+from shared.messages import (
+    DrainWorker,
+    Drop,
+    FinishAck,
+    Resident,
+    RunSlice,
+    SchedulerBeat,
+    SendTokens,
+    SliceDone,
+    SliceOrder,
+    SliceResult,
+    SliceTimings,
+    TokenRun,
+    WorkerBeat,
+    WorkerInfo,
+    WorkerMemory,
+)
+from shared.tokens import count, pack
+
+BEAT_S = 0.5
+BATCHES_MAX = 64
+"""Batches that run or wait here; a scheduler that sends more has lost sight of this worker."""
+BATCH_IDS_MAX = 4_096
+"""Ids of earlier batches, to know a repeat. Repeats come within seconds of the first."""
+LEAVE_S = 10.0
+"""A leaving worker waits this long for a broker to take its last tokens."""
+DRAINING = "draining"
+QUEUE_FULL = "queue full"
+UNKNOWN_REQUEST = "unknown request"
+
+
+@dataclass(slots=True)
+class _Held:
+    """A request that runs or waits here."""
+
+    attempt: int
+    gateway: str
+    position: int
+    batch_id: str
+
+
+@dataclass(slots=True)
+class _OpenBatch:
+    """A batch between its order and its `SliceDone`."""
+
+    order: RunSlice
+    faulty: tuple[SliceResult, ...]
+    """Results of requests that could never run; they are reported with the others."""
+
+
+class Worker:
+    """See the module's text. Events in, commands out; `now` is monotonic seconds."""
+
+    def __init__(
+        self, worker: str, name: str, engine: EngineInfo, memory: WorkerMemory, now: float
+    ) -> None:
+        self._engine = engine
+        self._memory = memory
+        self._info = WorkerInfo(
+            worker=worker,
+            name=name,
+            engine=engine.engine,
+            forms=engine.forms,
+            model=engine.model,
+            context_tokens_max=engine.context_tokens_max,
+            vocabulary_size=engine.vocabulary_size,
+            batch_size_max=engine.batch_size_max,
+            device=engine.device,
+        )
+        self._epoch = 0
+        self._held: dict[str, _Held] = {}
+        self._open: dict[str, _OpenBatch] = {}
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._outbox = Outbox(worker)
+        self._retained = Retained()
+        self._next_beat = now
+        self._list_residents = True
+        self._draining_since: float | None = None
+        self._left = False
+
+    @property
+    def memory(self) -> WorkerMemory:
+        """The engine's latest telemetry."""
+        return self._memory
+
+    def deadline(self) -> float | None:
+        """When to call `wake` next; None after the end."""
+        if self._left:
+            return None
+        sending = self._outbox.deadline()
+        return self._next_beat if sending is None else min(self._next_beat, sending)
+
+    def wake(self, now: float) -> list[Command]:
+        """The deadline came."""
+        return self._finish([], now)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Something happened. Late, repeated and foreign messages answer nothing."""
+        if self._left:
+            return []
+        commands: list[Command] = []
+        match event:
+            case RunSlice() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
+                if self._follow(event, now):
+                    commands = self._obey(event, now)
+            case FinishAck():
+                for request_id in event.request_ids:
+                    self._retained.forget(request_id)
+            case EngineStepped():
+                commands = self._on_step(event, now)
+            case BatchBegan():
+                self._memory = event.memory
+            case BatchRefused():
+                commands = self._on_refused(event)
+            case TokensSent():
+                self._outbox.sent(event.gateway)
+            case TokensNotSent():
+                self._outbox.failed(event.batch, now, unroutable=event.unroutable)
+            case Reconnected():
+                self._beat_now(now)
+            case StopWanted():
+                commands = self._drain(now)
+        return self._finish(commands, now)
+
+    # ---------------------------------------------------------------------------- orders
+
+    def _follow(
+        self, event: RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat, now: float
+    ) -> bool:
+        """Whether the sender leads; a new leader is told at once what is here."""
+        if event.epoch < self._epoch:
+            return False
+        if event.epoch > self._epoch:
+            self._epoch = event.epoch
+            self._beat_now(now)
+        return isinstance(event, SchedulerBeat) or event.worker == self._info.worker
+
+    def _obey(
+        self, event: RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat, now: float
+    ) -> list[Command]:
+        match event:
+            case RunSlice():
+                return self._on_order(event, now)
+            case Drop():
+                return self._on_drop(event)
+            case SendTokens():
+                return self._on_tokens_wanted(event)
+            case DrainWorker():
+                return self._drain(now)
+            case SchedulerBeat():
+                return []
+
+    def _on_order(self, order: RunSlice, now: float) -> list[Command]:
+        if order.batch_id in self._known:
+            return []
+        self._remember(order.batch_id)
+        refusal = self._refusal(order)
+        if refusal:
+            return [self._slice_done(order, refused=refusal)]
+        taken: list[SliceOrder] = []
+        faulty: list[SliceResult] = []
+        commands: list[Command] = []
+        for share in order.orders:
+            fault = order_fault(share, self._engine)
+            held = self._held.get(share.spec.request_id)
+            if fault:
+                faulty.append(_result(share, "error", fault))
+                self._tell_error(share, fault, now)
+            elif held is not None and held.attempt > share.attempt:
+                faulty.append(_result(share, "cancelled", "a newer attempt is here"))
+            else:
+                if held is not None and held.attempt < share.attempt:
+                    commands += self._let_go(share.spec.request_id, held.attempt)
+                self._held[share.spec.request_id] = _Held(
+                    share.attempt, share.spec.gateway, count(share.tokens), order.batch_id
+                )
+                taken.append(share)
+        if not taken:
+            return [*commands, self._slice_done(order, results=tuple(faulty))]
+        self._open[order.batch_id] = _OpenBatch(order, tuple(faulty))
+        reduced = msgspec.structs.replace(order, orders=tuple(taken)) if faulty else order
+        return [*commands, StartBatch(reduced)]
+
+    def _refusal(self, order: RunSlice) -> str:
+        if self._draining_since is not None:
+            return DRAINING
+        if len(self._open) >= BATCHES_MAX:
+            return QUEUE_FULL
+        missing = any(o.resident and not o.spec.prompt for o in order.orders)
+        if missing and "leased" not in self._engine.forms:
+            return UNKNOWN_REQUEST
+        return batch_fault(order, self._engine)
+
+    def _tell_error(self, share: SliceOrder, fault: str, now: float) -> None:
+        run = TokenRun(
+            request_id=share.spec.request_id,
+            attempt=share.attempt,
+            position=count(share.tokens),
+            ids=b"",
+            finish_reason="error",
+            detail=fault,
+        )
+        self._retained.add(run, share.spec.gateway, now)
+        self._outbox.add(share.spec.gateway, run)
+
+    def _on_drop(self, drop: Drop) -> list[Command]:
+        self._retained.forget(drop.request_id, drop.attempt)
+        self._outbox.forget(drop.request_id, drop.attempt)
+        return self._let_go(drop.request_id, drop.attempt)
+
+    def _let_go(self, request_id: str, attempt: int) -> list[Command]:
+        """Stop with attempts up to this one."""
+        held = self._held.get(request_id)
+        if held is None or held.attempt > attempt:
+            return []
+        del self._held[request_id]
+        return [CancelRequest(request_id, attempt)]
+
+    def _on_tokens_wanted(self, wish: SendTokens) -> list[Command]:
+        kept = self._retained.run_from(wish.request_id, wish.attempt, wish.position)
+        if kept is not None:
+            gateway, run = kept
+            if run.ids or run.finish_reason:
+                self._outbox.add(gateway, run)
+            return []
+        held = self._held.get(wish.request_id)
+        if held is not None and held.attempt == wish.attempt and held.position <= wish.position:
+            return []
+        result = SliceResult(
+            request_id=wish.request_id, attempt=wish.attempt, position=wish.position
+        )
+        return [self._slice_done(None, results=(result,), refused=UNKNOWN_REQUEST)]
+
+    def _drain(self, now: float) -> list[Command]:
+        if self._draining_since is not None:
+            return []
+        self._draining_since = now
+        self._beat_now(now)
+        return [GiveBack(DRAINING)]
+
+    # ------------------------------------------------------------------------- the engine
+
+    def _on_step(self, event: EngineStepped, now: float) -> list[Command]:
+        if event.memory is not None:
+            self._memory = event.memory
+        for tokens in event.report.tokens:
+            self._on_tokens(tokens, now)
+        return [self._on_end(end) for end in event.report.ended]
+
+    def _on_tokens(self, tokens: StepTokens, now: float) -> None:
+        held = self._held.get(tokens.request_id)
+        if held is None or held.attempt != tokens.attempt:
+            return
+        held.position = tokens.position + len(tokens.ids)
+        run = TokenRun(
+            request_id=tokens.request_id,
+            attempt=tokens.attempt,
+            position=tokens.position,
+            ids=pack(tokens.ids),
+            finish_reason=tokens.finish_reason,
+            ending_token=tokens.ending_token,
+            logprobs=tokens.logprobs,
+            prompt_logprobs=tokens.prompt_logprobs,
+        )
+        self._retained.add(run, held.gateway, now)
+        self._outbox.add(held.gateway, run)
+
+    def _on_end(self, end: SliceEnd) -> SliceDone:
+        batch = self._open.pop(end.batch_id)
+        for result in end.results:
+            self._release(result.request_id, result.attempt, end.batch_id)
+        return self._slice_done(
+            batch.order, results=(*end.results, *batch.faulty), timings=end.timings
+        )
+
+    def _on_refused(self, event: BatchRefused) -> list[Command]:
+        if event.memory is not None:
+            self._memory = event.memory
+        batch = self._open.pop(event.order.batch_id)
+        for share in batch.order.orders:
+            self._release(share.spec.request_id, share.attempt, batch.order.batch_id)
+        return [self._slice_done(batch.order, refused=event.reason)]
+
+    def _release(self, request_id: str, attempt: int, batch_id: str) -> None:
+        held = self._held.get(request_id)
+        if held is not None and held.attempt == attempt and held.batch_id == batch_id:
+            del self._held[request_id]
+
+    # ------------------------------------------------------------------------ what goes out
+
+    def _finish(self, commands: list[Command], now: float) -> list[Command]:
+        """Tokens that are due go before results, beats after them."""
+        idle = not self._open
+        out: list[Command] = [*self._outbox.due(now, self._epoch, at_once=idle), *commands]
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT_S
+            out.append(self._beat())
+        if self._may_leave(now):
+            self._left = True
+            self._list_residents = True
+            out += [self._beat(leaving=True), Leave()]
+        return out
+
+    def _may_leave(self, now: float) -> bool:
+        if self._draining_since is None or self._open:
+            return False
+        return self._outbox.empty or now >= self._draining_since + LEAVE_S
+
+    def _beat_now(self, now: float) -> None:
+        self._next_beat = now
+        self._list_residents = True
+
+    def _beat(self, *, leaving: bool = False) -> WorkerBeat:
+        listed, self._list_residents = self._list_residents, False
+        residents = [
+            Resident(request_id=request_id, attempt=held.attempt, position=held.position)
+            for request_id, held in self._held.items()
+        ]
+        return WorkerBeat(
+            info=self._info,
+            memory=self._memory,
+            epoch=self._epoch,
+            residents=tuple(residents) if listed else (),
+            residents_listed=listed,
+            draining=self._draining_since is not None,
+            leaving=leaving,
+        )
+
+    def _slice_done(
+        self,
+        order: RunSlice | None,
+        *,
+        results: tuple[SliceResult, ...] = (),
+        timings: SliceTimings | None = None,
+        refused: str = "",
+    ) -> SliceDone:
+        return SliceDone(
+            epoch=self._epoch,
+            worker=self._info.worker,
+            batch_id=order.batch_id if order else "",
+            form=order.form if order else self._engine.forms[0],
+            results=results,
+            timings=timings or SliceTimings(),
+            memory=self._memory,
+            refused=refused,
+        )
+
+    def _remember(self, batch_id: str) -> None:
+        self._known[batch_id] = None
+        if len(self._known) > BATCH_IDS_MAX:
+            self._known.popitem(last=False)
+
+
+def _result(share: SliceOrder, reason: str, detail: str) -> SliceResult:
+    return SliceResult(
+        request_id=share.spec.request_id,
+        attempt=share.attempt,
+        position=count(share.tokens),
+        finish_reason="error" if reason == "error" else "cancelled",
+        detail=detail,
+    )

@@ -1,0 +1,82 @@
+"""The worker's metrics. Label `worker` is the worker's name: it outlives the process."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.worker.engines.api import StepReport
+from shared.messages import SliceDone, WorkerMemory
+from shared.telemetry.metrics import BATCH_SIZES, LATENCY_SECONDS, TOKEN_SECONDS
+
+_LABELS = ("worker",)
+
+
+class WorkerMetrics:
+    """All workers of one process share these."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, (*_LABELS, *labels), registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, _LABELS, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
+
+        self.slices = counter("tranche_slices", "Batches and leases that ended.", "outcome")
+        self.batch_size = histogram("tranche_batch_size_requests", "Requests per batch.", _SIZES)
+        self.queue_wait = histogram(
+            "tranche_worker_queue_seconds", "From an order's receipt to its start.", LATENCY_SECONDS
+        )
+        self.prefill = histogram(
+            "tranche_prefill_seconds", "Prefill of one batch.", LATENCY_SECONDS
+        )
+        self.decode = histogram(
+            "tranche_decode_seconds", "All decode iterations of one batch.", LATENCY_SECONDS
+        )
+        self.iteration = histogram(
+            "tranche_iteration_seconds", "One iteration of the engine.", TOKEN_SECONDS
+        )
+        self.output_tokens = counter("tranche_output_tokens", "Output tokens made.")
+        self.invalid_tokens = counter(
+            "tranche_invalid_tokens", "Iterations that ended requests sat through."
+        )
+        self.pad_tokens = counter("tranche_pad_tokens", "Input tokens that were only padding.")
+        self.kv_used = gauge("tranche_kv_used_tokens", "KV slots in use.")
+        self.kv_capacity = gauge("tranche_kv_capacity_tokens", "KV slots there are.")
+        self.kv_used_bytes = gauge("tranche_kv_used_bytes", "Bytes of the KV slots in use.")
+        self.kv_capacity_bytes = gauge("tranche_kv_capacity_bytes", "Bytes of all KV slots.")
+        self.device_free = gauge("tranche_device_free_bytes", "Free memory of the device.")
+        self.errors = counter("tranche_worker_errors", "Errors from outside, by kind.", "kind")
+
+    def on_step(self, worker: str, report: StepReport) -> None:
+        """Count one iteration."""
+        made = sum(len(tokens.ids) for tokens in report.tokens)
+        if made:
+            self.output_tokens.labels(worker).inc(made)
+        if report.batch_size and (report.prefill_s or report.decode_s):
+            self.iteration.labels(worker).observe(report.prefill_s + report.decode_s)
+
+    def on_slice(self, worker: str, done: SliceDone) -> None:
+        """Count one batch that ended, or was refused."""
+        outcome = "refused" if done.refused else "done"
+        self.slices.labels(worker, outcome).inc()
+        if done.refused:
+            return
+        timings = done.timings
+        self.batch_size.labels(worker).observe(timings.batch_size)
+        self.queue_wait.labels(worker).observe(timings.queue_s)
+        self.prefill.labels(worker).observe(timings.prefill_s)
+        self.decode.labels(worker).observe(timings.decode_s)
+        self.invalid_tokens.labels(worker).inc(sum(r.invalid_tokens for r in done.results))
+        self.pad_tokens.labels(worker).inc(sum(r.pad_tokens for r in done.results))
+
+    def on_memory(self, worker: str, memory: WorkerMemory) -> None:
+        """Show the memory as it is now."""
+        self.kv_used.labels(worker).set(memory.kv_tokens_used)
+        self.kv_capacity.labels(worker).set(memory.kv_tokens_capacity)
+        self.kv_used_bytes.labels(worker).set(memory.kv_bytes_used)
+        self.kv_capacity_bytes.labels(worker).set(memory.kv_bytes_capacity)
+        self.device_free.labels(worker).set(memory.device_bytes_free)
+
+
+_SIZES = tuple(float(size) for size in BATCH_SIZES)
