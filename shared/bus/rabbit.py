@@ -1,0 +1,153 @@
+"""The bus over RabbitMQ 3.10 or 4.x: one service's connections. See shared.bus.api.
+
+Publishing and consuming have a connection each: a broker that is short of memory stops reading from
+publishers, and acknowledgements must not wait behind that.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+from aio_pika.robust_connection import RobustConnection
+from aiormq import Channel
+
+from shared.bus.api import Address, BusUnavailable, Handler, QueueSpec
+from shared.bus.handling import OnDeadLetter
+from shared.bus.rabbit_consumer import RabbitSubscription
+from shared.bus.rabbit_epoch import raise_epoch
+from shared.bus.rabbit_line import KeptChannel, connect, hang_up
+from shared.bus.rabbit_publisher import Publisher
+from shared.bus.rabbit_queues import declare_queue
+from shared.messages import Message, encode
+
+_log = structlog.get_logger(__name__)
+
+DECLARE_DEADLINE_S = 30.0
+"""For `consume` and `declare`; a restarting broker is back within it."""
+
+
+class RabbitBus:
+    """See shared.bus.api.Bus."""
+
+    def __init__(
+        self, url: str, *, service: str, on_dead_letter: OnDeadLetter | None = None
+    ) -> None:
+        """`service` names the connections at the broker. `on_dead_letter` is called with the
+        queue's name for every message that this bus condemns."""
+        self._url = url
+        self._service = service
+        self._on_dead_letter = on_dead_letter
+        self._connections: tuple[RobustConnection, ...] = ()
+        self._publisher: Publisher | None = None
+        self._topology: KeptChannel | None = None
+        self._declared: dict[str, QueueSpec] = {}
+        self._subscriptions: set[RabbitSubscription] = set()
+        self._reconnect_callbacks: list[Callable[[], None]] = []
+        self._was_lost = False
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._connections) and all(c.connected.is_set() for c in self._connections)
+
+    async def open(self, deadline_s: float = 60.0) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        try:
+            for purpose in ("publish", "consume"):
+                name = f"tranche {self._service} {purpose}"
+                connection = await connect(self._url, name, deadline - loop.time())
+                self._connections += (connection,)
+            publishing, consuming = self._connections
+            self._topology = KeptChannel(
+                consuming, "topology", self._declare_all, self._on_line_change
+            )
+            await self._topology.open(deadline - loop.time())
+            self._publisher = Publisher(publishing)
+            await self._publisher.open(deadline - loop.time())
+        except BaseException:
+            await self.close()
+            raise
+
+    async def publish(
+        self,
+        address: Address,
+        message: Message,
+        headers: Mapping[str, str] | None = None,
+        *,
+        deadline_s: float = 30.0,
+        persistent: bool = True,
+        mandatory: bool = True,
+    ) -> None:
+        if self._publisher is None:
+            raise BusUnavailable("the bus is not open")
+        await self._publisher.publish(
+            address,
+            encode(message),
+            headers,
+            deadline_s=deadline_s,
+            persistent=persistent,
+            mandatory=mandatory,
+        )
+
+    async def consume(self, queue: QueueSpec, handler: Handler) -> RabbitSubscription:
+        if self._publisher is None:
+            raise BusUnavailable("the bus is not open")
+        subscription = RabbitSubscription(
+            self._connections[1],
+            queue,
+            handler,
+            on_change=self._on_line_change,
+            on_dead_letter=self._on_dead_letter,
+            on_closed=self._subscriptions.discard,
+        )
+        await subscription.open(DECLARE_DEADLINE_S)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    async def declare(self, queue: QueueSpec) -> None:
+        if self._topology is None:
+            raise BusUnavailable("the bus is not open")
+        once = KeptChannel(
+            self._connections[1],
+            f"queue {queue.name}",
+            lambda channel: declare_queue(channel, queue),
+        )
+        await once.open(DECLARE_DEADLINE_S)
+        await once.close()
+        self._declared[queue.name] = queue
+
+    async def raise_epoch(self) -> int:
+        return await raise_epoch(self._url, f"tranche {self._service} epoch")
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self._reconnect_callbacks.append(callback)
+
+    async def close(self) -> None:
+        """Handlers first (they may publish), then what waits for a confirm, then the line."""
+        await asyncio.gather(*(s.close() for s in tuple(self._subscriptions)))
+        publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            await publisher.close()
+        topology, self._topology = self._topology, None
+        if topology is not None:
+            await topology.close()
+        connections, self._connections = self._connections, ()
+        await asyncio.gather(*(hang_up(connection) for connection in connections))
+
+    async def _declare_all(self, channel: Channel) -> None:
+        for queue in self._declared.values():
+            await declare_queue(channel, queue)
+
+    def _on_line_change(self) -> None:
+        """A channel was lost, or is back. When all are back, tell who asked for it."""
+        if self._topology is None:
+            return
+        all_ready = self._topology.is_ready and all(s.is_ready for s in self._subscriptions)
+        if not all_ready:
+            self._was_lost = True
+            return
+        if self._was_lost:
+            self._was_lost = False
+            _log.info("bus.reconnected", service=self._service)
+            for callback in self._reconnect_callbacks:
+                callback()
