@@ -45,8 +45,8 @@ check: setup-dev ## format, lint, types, imports, docs
 format: setup-dev ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-docs: setup-dev ## rewrite the file tree in docs/architecture.md
-	@$(BIN)/python deploy/setup/file_tree.py --write
+docs: setup-dev ## rewrite the documents that are made from the code
+	@$(BIN)/python -m deploy.setup.documents --write
 
 compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test

@@ -97,7 +97,7 @@ def plan(settings: MeshSettings) -> Mesh:
     common: dict[str, Any] = {
         "bus": settings.bus,
         "log_level": settings.log_level,
-        "log_format": settings.log_format,
+        "log_format": told.get("log_format", "console" if sys.stderr.isatty() else "json"),
         **_some(told, "otlp_endpoint", "trace_sample_ratio"),
     }
     model = checked_model(settings.model)

@@ -3,7 +3,6 @@
 All others are those of the services, by their own variables (TRANCHE_WORKER_..., and so on).
 """
 
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,5 +39,5 @@ class MeshSettings(ServiceSettings):
     """Where the REST interface listens."""
     log_level: LogLevel = "warning"
     """debug, info, warning or error; debug shows tracebacks."""
-    log_format: LogFormat = "console" if sys.stderr.isatty() else "json"
-    """json, or console for people (the default on a terminal)."""
+    log_format: LogFormat = "json"
+    """json, or console for people; on a terminal console is the default."""

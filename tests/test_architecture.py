@@ -37,12 +37,6 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_the_documented_tree_is_the_real_one() -> None:
-    document = file_tree.DOCUMENT.read_text(encoding="utf-8")
-    fresh = file_tree.with_tree(document, file_tree.tree(file_tree.source_files()))
-    assert document == fresh, "run: make docs"
-
-
 def test_the_tree_has_a_line_for_each_python_file() -> None:
     listed = file_tree.tree(file_tree.source_files())
     missing = [path for path in tracked("*.py") if f"`{path.name}`" not in listed]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.setup import documents
 from services.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +110,7 @@ def test_settings_are_all_in_the_help() -> None:
         kind = settings_class(service)
         wanted = {f"--{name.replace('_', '-')}" for name in kind.model_fields}
         assert wanted <= flags_of(service)
+
+
+def test_generated_documents_are_up_to_date() -> None:
+    assert list(documents.stale_pages()) == [], "run: make docs"

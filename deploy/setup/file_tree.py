@@ -1,12 +1,7 @@
-"""The file tree in docs/architecture.md: one line per source file, from the file's first line.
-
-python deploy/setup/file_tree.py           # complain if the document is not up to date
-python deploy/setup/file_tree.py --write   # bring it up to date
-"""
+"""The file tree in docs/architecture.md: one line per source file, from the file's first line."""
 
 import ast
 import subprocess
-import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -16,18 +11,6 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN = "<!-- file tree: begin (make docs) -->"
 END = "<!-- file tree: end -->"
 CODE_FOLDERS = ("services", "shared", "sim", "bench", "deploy", "tests")
-
-
-def main(arguments: list[str]) -> int:
-    """Write or verify; the exit code is 1 if the document is stale."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    fresh = with_tree(text, tree(source_files()))
-    if "--write" in arguments:
-        DOCUMENT.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
-        sys.stderr.write("docs/architecture.md does not match the files; run: make docs\n")
-        return 1
-    return 0
 
 
 def source_files() -> list[PurePosixPath]:
@@ -60,9 +43,10 @@ def first_line(path: Path) -> str:
     return " ".join(paragraph.split())
 
 
-def with_tree(document: str, text: str) -> str:
-    """The document with the tree between its two marks. Raises ValueError without them."""
-    before, begin, rest = document.partition(BEGIN)
+def page() -> str:
+    """The whole document, with a fresh tree between its two marks. Raises ValueError without."""
+    text = tree(source_files())
+    before, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{DOCUMENT} has lost its marks {BEGIN} and {END}")
@@ -71,7 +55,3 @@ def with_tree(document: str, text: str) -> str:
 
 def _folder_first(path: PurePosixPath) -> tuple[int, str, str]:
     return CODE_FOLDERS.index(path.parts[0]), str(path.parent), path.name
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

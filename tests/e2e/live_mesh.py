@@ -1,0 +1,100 @@
+"""A whole mesh in a thread of this process: the real services, the demo model, real HTTP."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from services.mesh import Mesh, plan, serve_mesh
+from services.mesh_settings import DEMO_MODEL, MeshSettings
+from shared.bus.connect import forget_memory_broker
+
+START_TIMEOUT_S = 90.0
+"""Loading torch and the models; seconds on a quiet machine."""
+STOP_TIMEOUT_S = 60.0
+
+
+class MeshFailed(Exception):
+    """The mesh did not start, or ended by itself."""
+
+
+class LiveMesh:
+    """A mesh that serves from the moment it is made until `stop`."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.url = mesh.url
+        self._ready = threading.Event()
+        self._loop = uvloop.new_event_loop()
+        self._stop = asyncio.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="mesh")
+        self._thread.start()
+        self._ready.wait(START_TIMEOUT_S)
+        if not self._ready.is_set() or self._error:
+            self.stop()
+            raise MeshFailed("the mesh did not get ready") from self._error
+
+    def ask_to_stop(self) -> None:
+        """As SIGTERM would; returns at once."""
+        with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def stop(self) -> None:
+        """Drain and end. Raises MeshFailed if the mesh failed or does not end."""
+        self.ask_to_stop()
+        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise MeshFailed(f"the mesh did not stop within {STOP_TIMEOUT_S} s")
+        if self._error:
+            raise MeshFailed("the mesh failed") from self._error
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            try:
+                runner.run(serve_mesh(self.mesh, self._stop, self._ready.set))
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._ready.set()
+
+
+@contextlib.contextmanager
+def live_mesh(
+    bus: str = "",
+    *,
+    workers: int = 1,
+    slice_tokens: int | None = None,
+    policy: str | None = None,
+    model: str | Path = DEMO_MODEL,
+    **more: Any,
+) -> Iterator[LiveMesh]:
+    """Serve on a free port. `bus` is an AMQP address, or empty for a fresh one in memory; `more`
+    are further settings of `tranche serve`."""
+    url = bus or f"memory://{uuid.uuid4().hex}"
+    given = {"slice_tokens": slice_tokens, "policy": policy, **more}
+    settings = MeshSettings.load(
+        bus=url,
+        workers=workers,
+        model=str(model),
+        port=_free_port(),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    mesh = LiveMesh(plan(settings))
+    try:
+        yield mesh
+    finally:
+        mesh.stop()
+        if not bus:
+            forget_memory_broker(url)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
