@@ -37,8 +37,8 @@ check: setup-dev ## format, lint, types, imports, docs
 	@echo '[check] format'; $(BIN)/ruff format --check -q .
 	@echo '[check] lint'; $(BIN)/ruff check -q .
 	@echo '[check] types'; $(BIN)/mypy
-	@echo '[check] imports'; $(BIN)/lint-imports --no-timing | tail -n 4
-	@echo '[check] yaml'; $(BIN)/yamllint -s .
+	@echo '[check] imports'; $(BIN)/lint-imports --no-logo | tail -n 3
+	@echo '[check] yaml'; $(BIN)/yamllint -s $$(git ls-files "*.yml" "*.yaml")
 	@echo '[check] shell'; bash -n $$(git ls-files '*.sh') .ci/run
 	@echo '[check] docs'; $(BIN)/python -m pytest -p no:cacheprovider tests/test_docs.py tests/test_architecture.py
 

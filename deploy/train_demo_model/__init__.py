@@ -1,1 +1,0 @@
-"""Owns the training of the shipped demo model: plays in, a loadable model folder out."""
