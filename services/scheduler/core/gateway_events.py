@@ -1,0 +1,233 @@
+"""What gateways say, and what follows: submit, resume, cancel, stopped, tokens wanted, beats."""
+
+from services.scheduler.core import moves
+from services.scheduler.core.books import Books
+from services.scheduler.core.predict import predicted_wait_s
+from services.scheduler.core.state import Placement, Request, State
+from shared import tokens
+from shared.messages import (
+    Cancel,
+    GatewayBeat,
+    Recall,
+    Rejected,
+    RequestSpec,
+    Resume,
+    SendTokens,
+    Stopped,
+    Submit,
+    TokensWanted,
+)
+
+
+def heard(books: Books, gateway: str, now: float) -> None:
+    """It lives. If it had been given up, what it still has open is asked for again."""
+    known = gateway in books.gateways
+    books.gateways[gateway] = now
+    if known:
+        return
+    orphans = [r for r in books.requests.done.values() if r.orphaned]
+    for request in orphans:
+        if request.spec.gateway == gateway:
+            request.orphaned = False
+            moves.recall(books, request, now)
+
+
+def submit(books: Books, event: Submit, now: float) -> None:
+    heard(books, event.spec.gateway, now)
+    if books.requests.known(event.spec.request_id):
+        return
+    refusal = _refusal(books, event.spec)
+    if refusal is not None:
+        books.requests.refuse(event.spec.request_id, refusal, now)
+        books.send(refusal)
+        return
+    moves.admit(books, books.requests.open_new(event.spec), now)
+
+
+def resume(books: Books, event: Resume, now: float) -> None:
+    """The truth about one request. Stale repeats are told by their attempt."""
+    heard(books, event.spec.gateway, now)
+    request = books.requests.of_gateway(event.spec.request_id, event.spec.gateway)
+    if request is None:
+        if not books.requests.known(event.spec.request_id):
+            _open_resumed(books, event, now)
+        return
+    if request.state is State.DONE:
+        return
+    if request.state is State.COLLECTING:
+        if tokens.count(event.tokens) >= request.output_tokens:
+            moves.resume(books, request, event.attempt, event.tokens, now)
+        return
+    if request.state is State.RECALLING:
+        if event.attempt >= request.recall_attempt:
+            _take_truth(books, request, event, now)
+        return
+    if event.attempt < books.attempt_base > request.closed:
+        # Its Submit came to us after the collecting, perhaps for the second time, and an earlier
+        # leader's attempt may still stream: only a recall closes that one.
+        moves.recall(books, request, now)
+    elif event.attempt >= request.attempt > 0:
+        _take_truth(books, request, event, now)
+
+
+def _open_resumed(books: Books, event: Resume, now: float) -> None:
+    request = books.requests.open_new(event.spec)
+    moves.admit(books, request, now)
+    if request.state is State.COLLECTING:
+        moves.resume(books, request, event.attempt, event.tokens, now)
+    elif event.attempt >= books.attempt_base:
+        _take_truth(books, request, event, now)
+    else:
+        moves.recall(books, request, now)
+
+
+def _take_truth(books: Books, request: Request, event: Resume, now: float) -> None:
+    moves.resume(books, request, event.attempt, event.tokens, now)
+    if request.remaining_tokens <= 0:
+        moves.finish(books, request, "length", request.output_tokens, now)
+
+
+def cancel(books: Books, event: Cancel, now: float) -> None:
+    heard(books, event.gateway, now)
+    request = books.requests.of_gateway(event.request_id, event.gateway)
+    if request is None:
+        if not books.requests.known(event.request_id):
+            books.requests.refuse(event.request_id, None, now)
+    elif request.state is not State.DONE:
+        moves.drop_placed(books, request)
+        moves.finish(books, request, "cancelled", request.output_tokens, now)
+
+
+def stopped(books: Books, event: Stopped, now: float) -> None:
+    heard(books, event.gateway, now)
+    request = books.requests.of_gateway(event.request_id, event.gateway)
+    if request is not None and request.state is not State.DONE:
+        moves.drop_placed(books, request)
+        moves.finish(books, request, "stop", event.output_tokens, now)
+
+
+def gateway_beat(books: Books, event: GatewayBeat, now: float) -> None:
+    if event.leaving:
+        gateway_gone(books, event.gateway, now, for_good=True)
+    else:
+        heard(books, event.gateway, now)
+
+
+def gateway_gone(books: Books, gateway: str, now: float, *, for_good: bool) -> None:
+    """Its clients' connections are gone; nobody waits for its requests."""
+    books.gateways.pop(gateway, None)
+    for request in [r for r in books.requests.open.values() if r.spec.gateway == gateway]:
+        moves.drop_placed(books, request)
+        moves.finish(books, request, "cancelled", request.output_tokens, now)
+        request.orphaned = not for_good
+
+
+def tokens_wanted(books: Books, event: TokensWanted, now: float) -> None:
+    """Pass the question to the worker that made those tokens, or ask for the truth."""
+    heard(books, event.gateway, now)
+    request = books.requests.of_gateway(event.request_id, event.gateway)
+    if request is None:
+        _wanted_unknown(books, event)
+        return
+    if request.state in (State.COLLECTING, State.RECALLING):
+        return
+    if request.state is State.WAITING and event.position == request.output_tokens:
+        return
+    maker = _maker(request, event.position)
+    exists = request.state is not State.PLACED or event.position < request.output_tokens
+    if exists and event.position == request.asked_position:
+        request.asks += 1
+    elif exists:
+        request.asks, request.asked_position = 1, event.position
+    lost = maker is None or maker.worker not in books.workers.active
+    if maker is None or lost or (exists and request.asks > books.constants.asks_max):
+        moves.recall(books, request, now)
+        return
+    books.send(
+        SendTokens(
+            epoch=books.epoch,
+            worker=maker.worker,
+            request_id=request.request_id,
+            attempt=maker.attempt,
+            position=event.position,
+        )
+    )
+
+
+def _wanted_unknown(books: Books, event: TokensWanted) -> None:
+    """Rejected before (the answer again), or from another leader's time (the truth, please)."""
+    if event.request_id in books.requests.refused:
+        answer = books.requests.refused[event.request_id][1]
+        if answer is not None and answer.gateway == event.gateway:
+            books.send(answer)
+        return
+    if books.collecting_until is not None or event.request_id in books.requests.open:
+        return
+    books.send(
+        Recall(
+            epoch=books.epoch,
+            gateway=event.gateway,
+            request_id=event.request_id,
+            attempt=max(event.attempt, books.attempt_base),
+        )
+    )
+
+
+def _maker(request: Request, position: int) -> Placement | None:
+    """The placement whose slice has this output position; None if it is not remembered."""
+    for placement in reversed(request.placements):
+        if placement.position <= position:
+            return placement
+    return None
+
+
+def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
+    """Why a new request is not taken in; None if it is."""
+    workers = list(books.workers.active.values())
+    prompt_tokens = tokens.count(spec.prompt)
+    context = prompt_tokens + spec.max_tokens
+    form = books.preset.form
+    if spec.max_tokens < 1 or len(spec.prompt) % tokens.TOKEN_BYTES:
+        return _rejected(books, spec, "too_long", "max_tokens below 1, or a malformed prompt")
+    if workers and not any(form in worker.info.forms for worker in workers):
+        return _rejected(books, spec, "no_worker", advice(books))
+    share = books.constants.memory_share
+    fitting = [w for w in workers if form in w.info.forms]
+    largest = max(
+        (min(w.info.context_tokens_max, w.budget_tokens(share)) for w in fitting), default=context
+    )
+    if context > largest:
+        detail = f"prompt and output of up to {context} tokens, but workers hold {largest}"
+        return _rejected(books, spec, "too_long", detail)
+    limit = books.constants.waiting_max
+    if len(books.requests.open) >= limit and books.waiting >= limit:
+        return _rejected(books, spec, "queue_full", f"{limit} requests are waiting already")
+    return None
+
+
+def advice(books: Books) -> str:
+    """What to do about workers that cannot run this policy's slices; empty if some can."""
+    form = books.preset.form
+    workers = books.workers.active.values()
+    if not workers or any(form in worker.info.forms for worker in workers):
+        return ""
+    engines = ", ".join(sorted({worker.info.engine for worker in workers}))
+    return (
+        f"policy {books.preset.name!r} runs {form} slices, which no worker offers (engines: "
+        f"{engines}); choose another --policy or an --engine that runs {form} slices"
+    )
+
+
+def _rejected(books: Books, spec: RequestSpec, reason: str, detail: str) -> Rejected:
+    retry_after_s = None
+    if reason == "queue_full":
+        retry_after_s = max(1.0, predicted_wait_s(books))
+        retry_after_s = min(retry_after_s, books.constants.retry_after_max_s)
+    return Rejected(
+        epoch=books.epoch,
+        gateway=spec.gateway,
+        request_id=spec.request_id,
+        reason=reason,  # type: ignore[arg-type]
+        detail=detail,
+        retry_after_s=retry_after_s,
+    )

@@ -1,0 +1,69 @@
+"""Pacing: how long is a slice, and when is the next round?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.scheduler.core.settings import Constants
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """What pacing may know of time and load, all in seconds."""
+
+    gathered_at: float
+    """When somebody in the pool has waited long enough for company."""
+    last_round_at: float
+    least_load_s: float
+    """Of the workers in use, right after the last round."""
+    idle_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """One answer."""
+
+    lease_tokens: Callable[[int, Constants], int]
+    """(tokens that remain) -> most new tokens in the next slice."""
+    next_round_at: Callable[[Clock, Constants], float | None]
+    """None: not before something happens."""
+    idle_workers_only: bool
+    """A worker gets its next batch when it has none; otherwise batches queue at the workers."""
+
+
+def _whole(remaining_tokens: int, constants: Constants) -> int:
+    return remaining_tokens
+
+
+def _slice(remaining_tokens: int, constants: Constants) -> int:
+    return min(constants.slice_tokens, remaining_tokens)
+
+
+def _when_free(clock: Clock, constants: Constants) -> float | None:
+    """As soon as a worker has nothing to do: a static batch server that takes the next N."""
+    return clock.gathered_at if clock.idle_workers else None
+
+
+def _ticked(clock: Clock, constants: Constants) -> float | None:
+    """At a fixed interval, as long as anybody waits."""
+    return max(clock.gathered_at, clock.last_round_at + constants.interval_s)
+
+
+def interval_s(least_load_s: float, constants: Constants) -> float:
+    """SCLS's interval, as recollected: max(lambda x least load, Gamma), never below Gamma."""
+    return max(constants.interval_share * least_load_s, constants.interval_floor_s)
+
+
+def _adaptive(clock: Clock, constants: Constants) -> float | None:
+    """After the interval; with `round_on_idle` at once while a worker has nothing to do."""
+    if constants.round_on_idle and clock.idle_workers:
+        return clock.gathered_at
+    wait_s = interval_s(clock.least_load_s, constants)
+    return max(clock.gathered_at, clock.last_round_at + wait_s)
+
+
+PACINGS: dict[str, Pacing] = {
+    "whole": Pacing(_whole, _when_free, idle_workers_only=True),
+    "fixed": Pacing(_slice, _when_free, idle_workers_only=True),
+    "ticked": Pacing(_slice, _ticked, idle_workers_only=False),
+    "adaptive": Pacing(_slice, _adaptive, idle_workers_only=False),
+}

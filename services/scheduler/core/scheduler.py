@@ -1,0 +1,125 @@
+"""The scheduler's core: one gate for all events, one for time, and the deadline between them.
+
+Theory of operation. `handle` takes what happened, `wake` what time it is; both return commands in
+the order in which they are to go out. All state is soft and lives in `Books`. An event changes the
+books through `gateway_events`, `worker_events` or `takeover`, each of which moves single requests
+with `moves`; then a round is made if one is due. `deadline` says when to call `wake`.
+
+Total: an event that is late, repeated or unknown answers []. Deterministic: equal histories give
+equal commands. Nothing here reads a clock or draws a number.
+"""
+
+from services.scheduler.core import gateway_events, takeover, watch, worker_events
+from services.scheduler.core.books import Books, new_books
+from services.scheduler.core.policies.admission import ADMISSIONS
+from services.scheduler.core.policies.batching import BATCHINGS
+from services.scheduler.core.policies.offloading import OFFLOADINGS
+from services.scheduler.core.policies.order import ORDERS
+from services.scheduler.core.policies.pacing import PACINGS
+from services.scheduler.core.presets import Preset
+from services.scheduler.core.rounds import make_round, next_round_at
+from services.scheduler.core.settings import Constants
+from shared.messages import (
+    Cancel,
+    Elected,
+    GatewayBeat,
+    LengthForecast,
+    OrderReturned,
+    Resume,
+    SchedulerCommand,
+    SchedulerEvent,
+    SliceDone,
+    Stopped,
+    Submit,
+    TokensWanted,
+    WorkerBeat,
+)
+
+
+class Scheduler:
+    """One leader. A new leadership is a new object: nothing is carried over."""
+
+    def __init__(self, preset: Preset, constants: Constants) -> None:
+        assert preset.order in ORDERS
+        assert preset.admission in ADMISSIONS
+        assert preset.batching in BATCHINGS
+        assert preset.offloading in OFFLOADINGS
+        assert preset.pacing in PACINGS
+        self.books: Books = new_books(preset, constants)
+        """For reading only: metrics, tests, simulation."""
+
+    def handle(self, event: SchedulerEvent, now: float) -> list[SchedulerCommand]:
+        """Something happened. Before `Elected` nothing is answered."""
+        books = self.books
+        watch.notice_stall(books, now)
+        if isinstance(event, Elected):
+            if event.epoch > books.epoch == 0:
+                takeover.elected(books, event.epoch, now)
+        elif books.epoch:
+            _happened(books, event, now)
+        return self._due(now)
+
+    def wake(self, now: float) -> list[SchedulerCommand]:
+        """The deadline came, or any other time."""
+        watch.notice_stall(self.books, now)
+        return self._due(now)
+
+    def deadline(self) -> float | None:
+        """When to call `wake` at the latest; None before the election."""
+        books = self.books
+        if not books.epoch:
+            return None
+        times = [books.beat_at, books.watch_at]
+        if books.collecting_until is not None:
+            times.append(books.collecting_until)
+        round_at = next_round_at(books, books.called_at or 0.0)
+        if round_at is not None:
+            times.append(round_at)
+        return min(times)
+
+    @property
+    def advice(self) -> str:
+        """Why no worker can serve this policy, and what to do; empty if all is well."""
+        return gateway_events.advice(self.books)
+
+    def _due(self, now: float) -> list[SchedulerCommand]:
+        """Do what is due and hand out the commands."""
+        books = self.books
+        if books.epoch:
+            if books.collecting_until is not None and now >= books.collecting_until:
+                takeover.settle(books, now)
+            if now >= books.watch_at:
+                watch.watch(books, now)
+            if now >= books.beat_at:
+                watch.beat(books, now)
+            round_at = next_round_at(books, now)
+            if round_at is not None and now >= round_at:
+                make_round(books, now)
+        commands, books.commands = books.commands, []
+        return commands
+
+
+def _happened(books: Books, event: SchedulerEvent, now: float) -> None:
+    match event:
+        case Submit():
+            gateway_events.submit(books, event, now)
+        case Resume():
+            gateway_events.resume(books, event, now)
+        case Cancel():
+            gateway_events.cancel(books, event, now)
+        case Stopped():
+            gateway_events.stopped(books, event, now)
+        case TokensWanted():
+            gateway_events.tokens_wanted(books, event, now)
+        case GatewayBeat():
+            gateway_events.gateway_beat(books, event, now)
+        case SliceDone():
+            worker_events.slice_done(books, event, now)
+        case WorkerBeat():
+            worker_events.worker_beat(books, event, now)
+        case OrderReturned():
+            worker_events.worker_lost(books, event.worker, now)
+        case LengthForecast():
+            books.forecast = event
+        case Elected():
+            pass

@@ -1,0 +1,139 @@
+"""A request's life: its states, and the one table of what may happen in which.
+
+No other file changes `Request.state`. A cause that the table does not know in a state is a bug in
+the core: events are checked before they become causes, so nothing from outside can reach it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from shared import tokens
+from shared.messages import RequestSpec
+
+
+class State(Enum):
+    """Where a request is."""
+
+    NEW = "new"
+    COLLECTING = "collecting"
+    """After a takeover: is a worker running it already?"""
+    WAITING = "waiting"
+    """In the pool."""
+    PLACED = "placed"
+    """In a batch on a worker, running or queued there."""
+    RECALLING = "recalling"
+    """Its worker or its tokens are lost; the gateway is asked for the truth."""
+    DONE = "done"
+
+
+class Cause(Enum):
+    """Why it moves."""
+
+    COLLECT = "collect"
+    ADMIT = "admit"
+    CLAIM = "claim"
+    PLACE = "place"
+    GIVE_BACK = "give back"
+    RECALL = "recall"
+    RESUME = "resume"
+    FINISH = "finish"
+
+
+TRANSITIONS: dict[tuple[State, Cause], State] = {
+    (State.NEW, Cause.COLLECT): State.COLLECTING,
+    (State.NEW, Cause.ADMIT): State.WAITING,
+    (State.COLLECTING, Cause.CLAIM): State.PLACED,
+    (State.COLLECTING, Cause.RECALL): State.RECALLING,
+    (State.COLLECTING, Cause.RESUME): State.COLLECTING,
+    (State.COLLECTING, Cause.FINISH): State.DONE,
+    (State.WAITING, Cause.PLACE): State.PLACED,
+    (State.WAITING, Cause.RECALL): State.RECALLING,
+    (State.WAITING, Cause.RESUME): State.WAITING,
+    (State.WAITING, Cause.FINISH): State.DONE,
+    (State.PLACED, Cause.GIVE_BACK): State.WAITING,
+    (State.PLACED, Cause.RECALL): State.RECALLING,
+    (State.PLACED, Cause.RESUME): State.WAITING,
+    (State.PLACED, Cause.FINISH): State.DONE,
+    (State.RECALLING, Cause.RESUME): State.WAITING,
+    (State.RECALLING, Cause.FINISH): State.DONE,
+    (State.DONE, Cause.RECALL): State.RECALLING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One slice of a request: from which output position, where, under which attempt."""
+
+    position: int
+    worker: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class Request:
+    """All the scheduler knows of one request."""
+
+    spec: RequestSpec
+    number: int
+    """Order of arrival here."""
+    prompt_tokens: int
+    state: State = State.NEW
+    attempt: int = 0
+    """Of the latest placement."""
+    closed: int = 0
+    """Attempts up to this are closed at the gateway."""
+    tokens: bytes = b""
+    """Output that is known here, packed."""
+    worker: str = ""
+    """Where it is placed; empty in every other state."""
+    batch_id: str = ""
+    since: float = 0.0
+    """When it came into its state."""
+    placements: list[Placement] = field(default_factory=list)
+    refusals: int = 0
+    asks: int = 0
+    asked_position: int = -1
+    recalls: int = 0
+    recall_attempt: int = 0
+    published: bool = False
+    """Its end was told to the estimator."""
+    orphaned: bool = False
+    """It ended because its gateway fell silent."""
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) // tokens.TOKEN_BYTES
+
+    @property
+    def input_tokens(self) -> int:
+        """What the next slice has to prefill: prompt and output so far."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.spec.max_tokens - self.output_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """The most it can ever hold."""
+        return self.prompt_tokens + self.spec.max_tokens
+
+
+def move(request: Request, cause: Cause, now: float) -> None:
+    """Change the request's state as the table says."""
+    target = TRANSITIONS.get((request.state, cause))
+    assert target is not None, f"{cause} in {request.state}"
+    request.state = target
+    request.since = now
+
+
+def drawn() -> str:
+    """The table as a Mermaid state diagram, for the docs."""
+    lines = ["stateDiagram-v2"]
+    for (source, cause), target in TRANSITIONS.items():
+        lines.append(f"    {source.value} --> {target.value}: {cause.value}")
+    return "\n".join(lines) + "\n"

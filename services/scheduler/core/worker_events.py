@@ -1,0 +1,178 @@
+"""What workers say, and what follows: slices done, beats, residents, losses."""
+
+from services.scheduler.core import moves
+from services.scheduler.core.books import Books, Claim
+from services.scheduler.core.state import Request, State
+from services.scheduler.core.workers import Batch, Worker
+from shared import tokens
+from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
+
+
+def slice_done(books: Books, event: SliceDone, now: float) -> None:
+    """A batch ended. What does not match the books is a repeat, or late: ignored."""
+    worker = books.workers.active.get(event.worker)
+    batch = None
+    if worker is not None:
+        worker.seen_at, worker.memory = now, event.memory
+        batch = worker.batches.pop(event.batch_id, None)
+    if event.refused:
+        _refused(books, event, worker, batch, now)
+        return
+    if batch is not None:
+        books.costs.observe(event.timings)
+    for result in event.results:
+        request = books.requests.open.get(result.request_id)
+        if request is not None and _matches(request, event.worker, result):
+            _forget_adopted(worker, request)
+            _take_result(books, request, result, now)
+    for request in _still_placed(books, batch):
+        moves.recall(books, request, now)
+
+
+def _matches(request: Request, worker: str, result: SliceResult) -> bool:
+    placed_there = request.state is State.PLACED and request.worker == worker
+    return placed_there and request.attempt == result.attempt
+
+
+def _still_placed(books: Books, batch: Batch | None) -> list[Request]:
+    """Requests of an ended batch that no result has moved."""
+    if batch is None:
+        return []
+    found = (books.requests.open.get(request_id) for request_id in batch.request_ids)
+    return [r for r in found if r and r.state is State.PLACED and r.batch_id == batch.batch_id]
+
+
+def _forget_adopted(worker: Worker | None, request: Request) -> None:
+    """A request found after a takeover has a batch of its own in our books."""
+    if worker is not None:
+        worker.batches.pop(request.batch_id, None)
+
+
+def _take_result(books: Books, request: Request, result: SliceResult, now: float) -> None:
+    known, begin = request.tokens, result.position * tokens.TOKEN_BYTES
+    overlap = len(known) - begin
+    meets = begin >= 0 and 0 <= overlap <= len(result.tokens)
+    if not meets or known[begin:] != result.tokens[:overlap]:
+        # The slice and our copy do not meet: only the gateway knows what it has.
+        moves.recall(books, request, now)
+        return
+    request.tokens = known + result.tokens[overlap:]
+    if result.finish_reason is not None and result.finish_reason != "cancelled":
+        moves.finish(books, request, result.finish_reason, request.output_tokens, now)
+    elif request.remaining_tokens <= 0:
+        moves.finish(books, request, "length", request.output_tokens, now)
+    else:
+        request.refusals = 0 if len(result.tokens) > overlap else request.refusals + 1
+        _again(books, request, result.detail or "its slices make no tokens", now)
+
+
+def _again(books: Books, request: Request, detail: str, now: float) -> None:
+    if request.refusals > books.constants.refusals_max:
+        moves.give_up(books, request, f"given up after {request.refusals} tries: {detail}", now)
+    else:
+        moves.give_back(books, request, now)
+
+
+def _refused(
+    books: Books, event: SliceDone, worker: Worker | None, batch: Batch | None, now: float
+) -> None:
+    """Nothing ran; the orders wait again, and the worker gets a short rest."""
+    if worker is not None:
+        worker.cool_until = now + books.constants.cooldown_s
+    for request in _still_placed(books, batch):
+        request.refusals += 1
+        _again(books, request, event.refused, now)
+    for result in event.results:
+        request_or_none = books.requests.open.get(result.request_id)
+        if request_or_none is not None and _matches(request_or_none, event.worker, result):
+            _forget_adopted(worker, request_or_none)
+            moves.give_back(books, request_or_none, now)
+
+
+def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
+    """It lives; it may be new, or leave, or list what it holds."""
+    name = event.info.worker
+    if event.leaving:
+        if name in books.workers.active:
+            worker_lost(books, name, now)
+            books.workers_lost -= 1
+        books.workers.lost.pop(name, None)
+        return
+    worker = books.workers.active.get(name)
+    if worker is None:
+        worker = Worker(info=event.info, memory=event.memory, seen_at=now)
+        books.workers.active[name] = worker
+        for request_id, attempt in books.workers.lost.pop(name, ()):
+            _drop(books, name, request_id, attempt)
+    worker.info, worker.memory, worker.seen_at = event.info, event.memory, now
+    worker.draining = event.draining
+    if event.residents_listed:
+        _listed(books, worker, event.residents, now)
+
+
+def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: float) -> None:
+    """Compare what it holds with what we think it holds."""
+    name = worker.info.worker
+    if books.collecting_until is not None:
+        for resident in residents:
+            claim = Claim(name, resident.attempt, resident.position)
+            claims = books.claims.setdefault(resident.request_id, [])
+            if claim not in claims:
+                claims.append(claim)
+        return
+    held = {(resident.request_id, resident.attempt) for resident in residents}
+    for resident in residents:
+        if not _known_there(books, name, resident):
+            _drop(books, name, resident.request_id, resident.attempt)
+    for batch in list(worker.batches.values()):
+        if now - batch.dispatched_at >= books.constants.lost_order_s:
+            _check_batch(books, worker, batch, held, now)
+
+
+def _known_there(books: Books, worker: str, resident: Resident) -> bool:
+    """Placed there; or it ended there, and the worker keeps its tokens for the gateway."""
+    request = books.requests.open.get(resident.request_id)
+    if request is not None:
+        return request.worker == worker and request.attempt == resident.attempt
+    done = books.requests.done.get(resident.request_id)
+    last = done.placements[-1] if done and done.placements else None
+    return last is not None and (last.worker, last.attempt) == (worker, resident.attempt)
+
+
+def _check_batch(
+    books: Books, worker: Worker, batch: Batch, held: set[tuple[str, int]], now: float
+) -> None:
+    """An order that the worker does not hold was lost on its way."""
+    missing = [r for r in _placed_in(books, batch) if (r.request_id, r.attempt) not in held]
+    for request in missing:
+        moves.recall(books, request, now)
+    if missing and not _placed_in(books, batch):
+        worker.batches.pop(batch.batch_id, None)
+
+
+def _placed_in(books: Books, batch: Batch) -> list[Request]:
+    return _still_placed(books, batch)
+
+
+def worker_lost(books: Books, name: str, now: float) -> None:
+    """It is gone: all that was placed there is recalled."""
+    worker = books.workers.active.pop(name, None)
+    if worker is None:
+        return
+    books.workers_lost += 1
+    placed = [r for r in books.requests.open.values() if r.worker == name]
+    running = tuple((request.request_id, request.attempt) for request in placed)
+    books.workers.remember_lost(name, running)
+    for request in placed:
+        moves.recall(books, request, now)
+
+
+def batch_overdue(books: Books, worker: Worker, batch: Batch, now: float) -> None:
+    """It should have ended long ago: its orders were lost on the way."""
+    worker.batches.pop(batch.batch_id, None)
+    for request in _still_placed(books, batch):
+        moves.recall(books, request, now)
+
+
+def _drop(books: Books, worker: str, request_id: str, attempt: int) -> None:
+    books.send(Drop(epoch=books.epoch, worker=worker, request_id=request_id, attempt=attempt))

@@ -1,0 +1,82 @@
+"""The book of workers: who can run slices, what each was given, and how loaded it is."""
+
+from dataclasses import dataclass, field
+
+from shared.memory import token_budget
+from shared.messages import Form, WorkerInfo, WorkerMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One RunSlice that has not been answered."""
+
+    batch_id: str
+    request_ids: tuple[str, ...]
+    estimate_s: float
+    dispatched_at: float
+    due_at: float
+    """After this the order counts as lost."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process."""
+
+    info: WorkerInfo
+    memory: WorkerMemory
+    seen_at: float
+    draining: bool = False
+    cool_until: float = 0.0
+    batches: dict[str, Batch] = field(default_factory=dict)
+    """In the order in which the worker runs them."""
+
+    @property
+    def load_s(self) -> float:
+        """The sum of the estimates of what it has; exactly 0 when it has nothing."""
+        return sum((batch.estimate_s for batch in self.batches.values()), start=0.0)
+
+    @property
+    def idle(self) -> bool:
+        return not self.batches
+
+    def head(self) -> Batch | None:
+        """The batch it should be running."""
+        return next(iter(self.batches.values()), None)
+
+    def budget_tokens(self, share: float) -> int:
+        return token_budget(self.memory.kv_tokens_capacity, share)
+
+
+@dataclass(slots=True)
+class Workers:
+    """By boot id, in the order in which they joined."""
+
+    lost_max: int
+    active: dict[str, Worker] = field(default_factory=dict)
+    lost: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    """What (request, attempt) a lost worker may still be running, should it come back."""
+
+    def usable(self, form: Form, now: float) -> list[Worker]:
+        """Those that may be given orders now."""
+        return [
+            worker
+            for worker in self.active.values()
+            if form in worker.info.forms and not worker.draining and now >= worker.cool_until
+        ]
+
+    def remember_lost(self, worker: str, running: tuple[tuple[str, int], ...]) -> None:
+        self.lost[worker] = running
+        if len(self.lost) > self.lost_max:
+            del self.lost[next(iter(self.lost))]
+
+    def running_requests(self) -> int:
+        """Requests in the batches that run; those behind them still wait."""
+        heads = (worker.head() for worker in self.active.values())
+        return sum(len(batch.request_ids) for batch in heads if batch)
+
+    def kv_usage(self) -> float:
+        """Share of all KV slots in use, 0 to 1."""
+        memories = [worker.memory for worker in self.active.values()]
+        capacity = sum(memory.kv_tokens_capacity for memory in memories)
+        used = sum(memory.kv_tokens_used for memory in memories)
+        return min(1.0, used / capacity) if capacity > 0 else 0.0

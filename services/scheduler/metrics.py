@@ -1,0 +1,132 @@
+"""The scheduler's metrics, and the scheduler-level ones of vLLM under their names there.
+
+A histogram of decisions is about the core's own time. The aliases carry vLLM's labels, so that
+dashboards made for it work.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.messages import (
+    Recall,
+    Rejected,
+    RunSlice,
+    SchedulerBeat,
+    SchedulerCommand,
+    SliceDone,
+)
+from shared.telemetry.metrics import BATCH_SIZES, LATENCY_SECONDS, MESSAGE_SECONDS
+
+DECISION_SECONDS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+ERROR_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
+EXPECTED_MAX = 10_000
+"""Dispatched batches whose estimate is kept to compare with; more are not compared."""
+ENGINE = "0"
+"""vLLM's label for the engine of a data-parallel group; there is one mesh."""
+
+
+class SchedulerMetrics:
+    """Base units; one object per registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tranche_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"tranche_{name}", text, (), buckets=buckets, registry=registry)
+
+        self.request_queue = histogram(
+            "request_queue_seconds",
+            "Wait of a new request in the request queue, between gateway and scheduler.",
+            MESSAGE_SECONDS,
+        )
+        self.pool_wait = histogram(
+            "pool_wait_seconds", "Wait in the pool before each slice.", LATENCY_SECONDS
+        )
+        self.batch_size = histogram(
+            "dispatched_batch_size_requests", "Requests of each dispatched batch.", BATCH_SIZES
+        )
+        self.decision = histogram(
+            "decision_seconds", "The core's time for one event or wake-up.", DECISION_SECONDS
+        )
+        self.slice_error = histogram(
+            "slice_time_error_ratio",
+            "How far the estimate of a slice's time was off: |estimate - measured| / measured.",
+            ERROR_RATIOS,
+        )
+        self.dispatched = counter("dispatched_batches", "Batches given to workers.")
+        self.orders = counter("dispatched_orders", "Requests' slices given to workers.")
+        self.rejections = counter("rejections", "Requests refused by the scheduler.", "reason")
+        self.recalls = counter("recalls", "Requests whose truth was asked for, repeats counted.")
+        self.refused = counter("refused_batches", "Batches that workers did not run.")
+        self.workers_lost = counter("lost_workers", "Workers that fell silent or unreachable.")
+        self.elections = counter("elections", "Times that this process became the leader.")
+        self.errors = counter("scheduler_errors", "Caught errors, by kind.", "kind")
+        self.waiting = gauge("tranche_waiting_requests", "Open requests that no worker runs now.")
+        self.running = gauge("tranche_running_requests", "Requests in running batches.")
+        self.workers = gauge("tranche_workers", "Workers that may be given work.")
+        self.kv_usage = gauge("tranche_kv_usage_ratio", "Share of all KV slots in use, 0 to 1.")
+        self.predicted_wait = gauge(
+            "tranche_predicted_wait_seconds", "Predicted wait of a request submitted now."
+        )
+        self.epoch = gauge("tranche_epoch", "The leadership's number; 0 while standing by.")
+        self.outbox = gauge("tranche_outbox_messages", "Commands that wait to be published.")
+        names = ("model_name", "engine")
+        self.vllm_waiting = gauge(
+            "vllm:num_requests_waiting", "Number of requests waiting to be processed.", *names
+        )
+        self.vllm_running = gauge(
+            "vllm:num_requests_running", "Number of requests in model execution batches.", *names
+        )
+        self.vllm_kv_usage = gauge(
+            "vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", *names
+        )
+        self._expected: dict[str, float] = {}
+
+    def on_command(self, command: SchedulerCommand) -> None:
+        """Count what the core decided."""
+        match command:
+            case RunSlice():
+                self.dispatched.inc()
+                self.orders.inc(len(command.orders))
+                self.batch_size.observe(len(command.orders))
+                for order in command.orders:
+                    self.pool_wait.observe(order.pool_wait_s)
+                if len(self._expected) < EXPECTED_MAX:
+                    self._expected[command.batch_id] = command.expected_s
+            case Rejected():
+                self.rejections.labels(command.reason).inc()
+            case Recall():
+                self.recalls.inc()
+            case _:
+                pass
+
+    def on_slice_done(self, done: SliceDone) -> None:
+        """Compare the estimate with what the worker measured."""
+        expected_s = self._expected.pop(done.batch_id, None)
+        if done.refused:
+            self.refused.inc()
+            return
+        measured_s = done.timings.prefill_s + done.timings.decode_s
+        if expected_s is not None and measured_s > 0:
+            self.slice_error.observe(abs(expected_s - measured_s) / measured_s)
+
+    def on_beat(self, beat: SchedulerBeat, model: str) -> None:
+        """The gauges say what the beat says."""
+        self.waiting.set(beat.waiting)
+        self.running.set(beat.running)
+        self.workers.set(beat.workers)
+        self.kv_usage.set(beat.kv_usage)
+        self.predicted_wait.set(beat.predicted_wait_s)
+        self.epoch.set(beat.epoch)
+        self.vllm_waiting.labels(model, ENGINE).set(beat.waiting)
+        self.vllm_running.labels(model, ENGINE).set(beat.running)
+        self.vllm_kv_usage.labels(model, ENGINE).set(beat.kv_usage)
+
+    def deposed(self) -> None:
+        """No longer the leader: nothing to say, nothing expected."""
+        self._expected.clear()
+        for one in (self.waiting, self.running, self.workers, self.predicted_wait, self.epoch):
+            one.set(0)

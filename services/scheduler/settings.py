@@ -1,0 +1,76 @@
+"""The scheduler's settings, and the core's constants that follow from them."""
+
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from services.scheduler.core.presets import Preset, preset_named
+from services.scheduler.core.settings import Constants, with_overrides
+from shared.config import ServiceSettings, settings_config
+
+
+class SchedulerSettings(ServiceSettings):
+    """One scheduler. Several on one broker: one leads, the others stand by."""
+
+    model_config = settings_config("scheduler")
+    service: ClassVar[str] = "scheduler"
+
+    policy: str = "scls"
+    """Preset: sls, so, pm, ab, lb or scls."""
+    slice_tokens: int = Field(default=64, ge=1)
+    """S: most new tokens before a request is scheduled anew. Small slices react faster and waste
+    less after a request's end; each pays for a prefill of all that went before."""
+    batch_size: int = Field(default=12, ge=1)
+    """N of the presets with a fixed batch size: sls, so, pm."""
+    interval_share: float = Field(default=0.5, ge=0)
+    """lambda of scls: the next round comes after this share of the least loaded worker's work."""
+    interval_floor_s: float = Field(default=0.003, ge=0)
+    """Gamma of scls: the shortest interval between rounds. With a few milliseconds an idle mesh
+    answers at once, and the interval follows the fitted slice time when it is busy."""
+    interval_s: float = Field(default=0.25, ge=0)
+    """Between rounds of ab and lb."""
+    gather_s: float = Field(default=0.003, ge=0)
+    """How long the first of several arrivals waits for the others, before a round."""
+    spread_batches: bool = True
+    """Split batches until every idle worker has one; without it, as in the papers, a mesh with
+    few requests leaves workers idle."""
+    round_on_idle: bool = True
+    """scls does not wait for its interval while a worker has nothing to do."""
+    memory_share: float = Field(default=0.9, gt=0, le=1)
+    """Share of a worker's KV slots that batches may fill."""
+    waiting_max: int = Field(default=4096, ge=1)
+    """Requests that may wait; more are answered with 429 and a time to retry."""
+    set: dict[str, str] = Field(default_factory=dict)
+    """Any other constant of the policies, by name; an unknown name lists them all."""
+
+    journal: str = ""
+    """A file to record every event and decision in, for `tranche replay`. It holds prompts as
+    token ids."""
+    journal_bytes_max: int = Field(default=1 << 30, ge=1)
+    """Recording ends at this size."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self.preset()
+        self.constants()
+        return self
+
+    def preset(self) -> Preset:
+        """The row of the policy's name. Raises UnknownPreset (a ValueError)."""
+        return preset_named(self.policy)
+
+    def constants(self) -> Constants:
+        """The core's constants; `set` wins. Raises UnknownConstant (a ValueError)."""
+        constants = Constants(
+            slice_tokens=self.slice_tokens,
+            batch_size=self.batch_size,
+            interval_share=self.interval_share,
+            interval_floor_s=self.interval_floor_s,
+            interval_s=self.interval_s,
+            gather_s=self.gather_s,
+            spread_batches=self.spread_batches,
+            round_on_idle=self.round_on_idle,
+            memory_share=self.memory_share,
+            waiting_max=self.waiting_max,
+        )
+        return with_overrides(constants, self.set)
