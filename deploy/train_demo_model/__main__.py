@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from .card import write_card
 from .network import add_dropout, build_network, save_network
 from .speeches import read_plays, split_plays
 from .training import Plan, Record, Trainer
@@ -56,21 +57,19 @@ def train(
     )
     record = Trainer(network, bpe, split, plan, keep).run()
     (out / RECORD).write_text(json.dumps(record.as_json(), indent=1) + "\n")
-    report(text=text, out=out, seed=seed, held_out=held_out)
+    report(text=text, out=out, held_out=held_out)
 
 
 @app.command()
 def report(
     text: Text = DEPLOY / "demo_text",
     out: Out = DEPLOY / "demo_model",
-    seed: Seed = 1599,
     held_out: Held = 0.05,
 ) -> None:
     """Measure the saved model again and rewrite its card."""
-    from .card import write_card
-
-    split = split_plays(read_plays(text), held_out, seed)
-    write_card(out, split, json.loads((out / RECORD).read_text()))
+    record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    split = split_plays(read_plays(text), held_out, record["plan"]["seed"])
+    write_card(out, split, record)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def sample_texts(measured: Measured) -> str:
 def history_rows(record: dict[str, Any], rows: int = 12) -> str:
     """The losses of the run as table rows, thinned to about `rows`, the last one kept."""
     steps = list(record["held_out"])
-    thin = max(1, len(steps) // rows)
+    thin = max(1, math.ceil(len(steps) / rows))
     kept = [*steps[:-1:thin], steps[-1]]
     return "\n".join(
         f"| {s} | {record['train'][s]:.3f} | {record['held_out'][s]:.3f} |" for s in kept

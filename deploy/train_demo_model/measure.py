@@ -69,28 +69,41 @@ def measured_prompts(
     return named + [chat_prompt(tokenizer, line) for line in lines]
 
 
+def generate_ids(
+    network: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    temperature: float,
+    limit: int,
+) -> list[list[int]]:
+    """New token ids for rendered prompts, the end token included; temperature 0 is greedy."""
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    style = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    with torch.inference_mode():
+        produced = network.generate(**batch, max_new_tokens=limit, **style)
+    rows = [row.tolist() for row in produced[:, batch["input_ids"].shape[1] :]]
+    return [row[: row.index(END_ID) + 1] if END_ID in row else row for row in rows]
+
+
 def generate(
     network: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[str],
     temperature: float,
     seed: int,
-    limit: int = LIMIT_TOKENS,
 ) -> list[Output]:
-    """Continue rendered prompts up to `limit` tokens; temperature 0 is greedy."""
+    """Continue rendered prompts up to the limit of tokens; temperature 0 is greedy."""
     torch.manual_seed(seed)
-    batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-    style = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    with torch.inference_mode():
-        produced = network.generate(**batch, max_new_tokens=limit, **style)
-    outputs: list[Output] = []
-    for prompt, row in zip(prompts, produced[:, batch["input_ids"].shape[1] :], strict=True):
-        ids = row.tolist()
-        ended = END_ID in ids
-        length = ids.index(END_ID) + 1 if ended else len(ids)
-        text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-        outputs.append(Output(prompt, text, length, ended))
-    return outputs
+    produced = generate_ids(network, tokenizer, prompts, temperature, LIMIT_TOKENS)
+    return [
+        Output(
+            prompt,
+            str(tokenizer.decode(ids, skip_special_tokens=True)),
+            len(ids),
+            ids[-1] == END_ID,
+        )
+        for prompt, ids in zip(prompts, produced, strict=True)
+    ]
 
 
 def summarise(outputs: list[Output], vocabulary: set[str]) -> Lengths:
