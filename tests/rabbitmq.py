@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 BOOT_TIMEOUT_S = 90.0
 """A boot takes 6 to 8 s of CPU; on a busy machine 24 s were seen."""
@@ -191,7 +191,7 @@ class Broker:
 
     def _is_ours(self, process: psutil.Process) -> bool:
         with suppress(psutil.Error, OSError):
-            return process.environ().get("ERL_EPMD_PORT") == str(self.port + 3)
+            return bool(process.environ().get("ERL_EPMD_PORT") == str(self.port + 3))
         return False
 
     def _write_configuration(self) -> dict[str, str]:
