@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from services.worker.settings import WorkerSettings
 from shared.config import SetupError
@@ -52,6 +53,7 @@ class LoadedModel:
 
 def load_model(settings: WorkerSettings) -> LoadedModel:
     """Load `settings.model`. Raises ModelError."""
+    transformers_logging.disable_progress_bar()
     config = _load_config(settings)
     device = pick_device(settings.device)
     network = _load_network(settings, config, device)
