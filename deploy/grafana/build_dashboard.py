@@ -105,18 +105,75 @@ BOARD: dict[str, tuple[Panel, ...]] = {
     ),
     "Waiting": (
         Panel(
-            "Wait in broker queues, p95", "s", (p95_by("tranche_bus_queue_wait_seconds", "queue"),)
+            "Requests in the mesh",
+            "short",
+            (
+                ("sum(tranche_waiting_requests)", "waiting"),
+                ("sum(tranche_running_requests)", "running"),
+                ("sum(tranche_gateway_open_requests)", "open at gateways"),
+            ),
+        ),
+        Panel(
+            "Wait in the request queue",
+            "s",
+            quantiles("tranche_request_queue_seconds"),
+            "Of a new request, between gateway and scheduler.",
+        ),
+        Panel(
+            "Wait in the pool",
+            "s",
+            quantiles("tranche_pool_wait_seconds"),
+            "Before each slice, until the scheduler gives it to a worker.",
         ),
         Panel("Wait in the worker", "s", quantiles("tranche_worker_queue_seconds")),
         Panel("Token return", "s", quantiles("tranche_gateway_token_return_seconds")),
+        Panel(
+            "Wait in broker queues, p95", "s", (p95_by("tranche_bus_queue_wait_seconds", "queue"),)
+        ),
+    ),
+    "Scheduler": (
+        Panel(
+            "Decision",
+            "s",
+            quantiles("tranche_decision_seconds"),
+            "The core's own time for one event.",
+        ),
+        Panel(
+            "Error of the estimated slice time",
+            "percentunit",
+            quantiles("tranche_slice_time_error_ratio"),
+            "Distance between estimate and measurement, as a share of the measurement.",
+        ),
+        Panel(
+            "Predicted wait", "s", (("max(tranche_predicted_wait_seconds)", "of a request now"),)
+        ),
+        Panel(
+            "Refused and repeated",
+            "ops",
+            (
+                rate("tranche_rejections_total", "requests refused"),
+                rate("tranche_refused_batches_total", "batches refused by workers"),
+                rate("tranche_recalls_total", "recalls"),
+                rate("tranche_lost_workers_total", "workers lost"),
+            ),
+        ),
+        Panel(
+            "Leadership",
+            "short",
+            (("max(tranche_epoch)", "epoch"), ("sum(tranche_elections_total)", "elections")),
+        ),
+        Panel(
+            "Batches and slices given out",
+            "ops",
+            (
+                rate("tranche_dispatched_batches_total", "batches"),
+                rate("tranche_dispatched_orders_total", "slices"),
+            ),
+        ),
     ),
     "Workers": (
-        Panel(
-            "Workers reporting",
-            "short",
-            (("count(tranche_kv_capacity_tokens) or vector(0)", "workers"),),
-        ),
-        Panel("Slices", "ops", (rate_by("tranche_slices_total", "worker"),)),
+        Panel("Workers that may be given work", "short", (("sum(tranche_workers)", "workers"),)),
+        Panel("Batches ended", "ops", (rate_by("tranche_slices_total", "worker"),)),
         Panel("Batch size", "short", (mean_by("tranche_batch_size_requests", "worker"),)),
         Panel(
             "KV cache in use",
