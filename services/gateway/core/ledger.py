@@ -1,0 +1,258 @@
+"""The ledger: every open request of this gateway, and what must be said about it to whom.
+
+Theory of operation. The tokens in the ledger are the only truth about an output (docs/protocol.md).
+Events go in with the time; out come messages for the mesh and news for the streams, in the order
+in which they must happen. Nothing here waits: `deadline` says when to call `wake`.
+
+- A `Recall`, or a rise of the epoch, is answered with the output so far (`Resume`).
+- Missing tokens (a gap, or silence) are asked for with `TokensWanted`, ever more rarely.
+- A finish is acknowledged to the worker each time that it is heard, so a lost word is no harm.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.gateway.core.record import Arrived, Record
+from shared.messages import (
+    AnyMessage,
+    Cancel,
+    FinishAck,
+    FinishReason,
+    Message,
+    Recall,
+    Rejected,
+    RequestSpec,
+    Resume,
+    SchedulerBeat,
+    Stopped,
+    Submit,
+    TokenBatch,
+    TokensWanted,
+)
+
+ASK_DOUBLINGS_MAX = 5
+"""Questions about one silence come at 1, 2, 4 ... 32 times the first wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long missing tokens are waited for before they are asked for, in seconds."""
+
+    gap_s: float = 1.0
+    """Later tokens are here, earlier ones are not."""
+    silence_s: float = 5.0
+    """The output has begun, and nothing comes. Longer than a usual slice and its queue."""
+    first_silence_s: float = 30.0
+    """Nothing has come yet: the request waits its turn, most probably."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The output is complete; the ledger has forgotten the request."""
+
+    request_id: str
+    reason: FinishReason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The scheduler will not serve the request; the ledger has forgotten it."""
+
+    request_id: str
+    rejection: Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The request's time is over; it is cancelled, and the ledger has forgotten it."""
+
+    request_id: str
+
+
+News = Arrived | Ended | Refused | Expired
+Output = Message | News
+
+
+class Ledger:
+    """All open requests of one gateway."""
+
+    def __init__(self, gateway: str, patience: Patience | None = None) -> None:
+        """`gateway` is the boot id."""
+        self._gateway = gateway
+        self._patience = patience or Patience()
+        self._records: dict[str, Record] = {}
+        self._due: list[tuple[float, str]] = []
+        self.epoch = 0
+        self.beat: SchedulerBeat | None = None
+        self.beat_at = float("-inf")
+        self.counts: Counter[str] = Counter()
+        """What became of runs (see `record.Verdict`, and `unknown`) and how often tokens were
+        asked for (`asked`), resumed (`resumed`) and orders of old epochs ignored (`old_epoch`)."""
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._records
+
+    def open(self, spec: RequestSpec, now: float, expires_at: float) -> Submit:
+        """Enters a new request. The caller publishes the answer, or else cancels."""
+        assert spec.request_id not in self._records
+        record = Record(spec=spec, heard_at=now, expires_at=expires_at)
+        self._records[spec.request_id] = record
+        self._schedule(record)
+        return Submit(spec=spec)
+
+    def cancel(self, request_id: str) -> list[Output]:
+        """Nobody waits for this request any more."""
+        if self._records.pop(request_id, None) is None:
+            return []
+        return [Cancel(gateway=self._gateway, request_id=request_id)]
+
+    def stop(self, request_id: str, output_tokens: int) -> list[Output]:
+        """A stop string ended the output after so many tokens. It may be complete already; its
+        true length is told in any case."""
+        self._records.pop(request_id, None)
+        stopped = Stopped(gateway=self._gateway, request_id=request_id, output_tokens=output_tokens)
+        return [stopped]
+
+    def handle(self, event: AnyMessage, now: float) -> list[Output]:
+        """What the mesh says to gateways; anything else is no news."""
+        match event:
+            case TokenBatch():
+                return self._take_tokens(event, now)
+            case SchedulerBeat():
+                return self._take_beat(event, now)
+            case Recall():
+                return self._take_recall(event)
+            case Rejected():
+                return self._take_rejection(event)
+            case _:
+                return []
+
+    def deadline(self) -> float | None:
+        """When to call `wake` next."""
+        return self._due[0][0] if self._due else None
+
+    def wake(self, now: float) -> list[Output]:
+        """Expires requests and asks for missing tokens."""
+        outputs: list[Output] = []
+        while self._due and self._due[0][0] <= now:
+            due_at, request_id = heapq.heappop(self._due)
+            record = self._records.get(request_id)
+            if record is None or record.due_at != due_at:
+                continue
+            if self._next_due(record) <= now:
+                outputs += self._overdue(record, now)
+            if request_id in self._records:
+                self._schedule(record)
+        return outputs
+
+    # ------------------------------------------------------------------------------- events
+
+    def _take_tokens(self, batch: TokenBatch, now: float) -> list[Output]:
+        outputs: list[Output] = []
+        acknowledged: list[str] = []
+        for run in batch.runs:
+            record = self._records.get(run.request_id)
+            if record is None:
+                self.counts["unknown"] += 1
+                if run.finish_reason is not None:
+                    acknowledged.append(run.request_id)
+                continue
+            verdict, arrived = record.accept(run, now)
+            self.counts[verdict] += 1
+            outputs += arrived
+            if verdict == "parked":
+                self._schedule(record)
+            if record.finish_reason is not None:
+                del self._records[run.request_id]
+                outputs.append(Ended(run.request_id, record.finish_reason, record.detail))
+                acknowledged.append(run.request_id)
+        if acknowledged:
+            outputs.append(self._acknowledge(batch.worker, acknowledged))
+        return outputs
+
+    def _take_beat(self, beat: SchedulerBeat, now: float) -> list[Output]:
+        if beat.epoch < self.epoch:
+            self.counts["old_epoch"] += 1
+            return []
+        self.beat, self.beat_at = beat, now
+        return self._follow(beat.epoch)
+
+    def _take_recall(self, recall: Recall) -> list[Output]:
+        if recall.epoch < self.epoch:
+            self.counts["old_epoch"] += 1
+            return []
+        record = self._records.get(recall.request_id)
+        if record is None:
+            unknown = Cancel(gateway=self._gateway, request_id=recall.request_id)
+            return [*self._follow(recall.epoch), unknown]
+        record.close_attempts(recall.attempt)
+        if recall.epoch > self.epoch:
+            return self._follow(recall.epoch)
+        return [self._resume(record)]
+
+    def _take_rejection(self, rejection: Rejected) -> list[Output]:
+        if rejection.epoch < self.epoch:
+            self.counts["old_epoch"] += 1
+            return []
+        outputs = self._follow(rejection.epoch)
+        if self._records.pop(rejection.request_id, None) is not None:
+            outputs.append(Refused(rejection.request_id, rejection))
+        return outputs
+
+    # -------------------------------------------------------------------------------- answers
+
+    def _follow(self, epoch: int) -> list[Output]:
+        """A new leader must hear of all open requests."""
+        if epoch <= self.epoch:
+            return []
+        self.epoch = epoch
+        return [self._resume(record) for record in self._records.values()]
+
+    def _resume(self, record: Record) -> Resume:
+        self.counts["resumed"] += 1
+        return Resume(spec=record.spec, attempt=record.closed_attempt, tokens=record.packed())
+
+    def _acknowledge(self, worker: str, request_ids: Sequence[str]) -> FinishAck:
+        return FinishAck(gateway=self._gateway, worker=worker, request_ids=tuple(request_ids))
+
+    # ----------------------------------------------------------------------------------- time
+
+    def _next_due(self, record: Record) -> float:
+        """When this record needs attention if nothing more is heard."""
+        if record.gap_since is not None:
+            since, wait_s = record.gap_since, self._patience.gap_s
+        elif record.position:
+            since, wait_s = record.heard_at, self._patience.silence_s
+        else:
+            since, wait_s = record.heard_at, self._patience.first_silence_s
+        if record.asked:
+            since = record.asked_at
+            wait_s *= 2.0 ** min(record.asked, ASK_DOUBLINGS_MAX)
+        return min(record.expires_at, since + wait_s)
+
+    def _schedule(self, record: Record) -> None:
+        due_at = self._next_due(record)
+        if due_at != record.due_at:
+            record.due_at = due_at
+            heapq.heappush(self._due, (due_at, record.spec.request_id))
+
+    def _overdue(self, record: Record, now: float) -> list[Output]:
+        request_id = record.spec.request_id
+        if now >= record.expires_at:
+            return [*self.cancel(request_id), Expired(request_id)]
+        record.asked += 1
+        record.asked_at = now
+        self.counts["asked"] += 1
+        wanted = TokensWanted(
+            gateway=self._gateway,
+            request_id=request_id,
+            attempt=max(record.seen_attempt, record.closed_attempt),
+            position=record.position,
+        )
+        return [wanted]

@@ -1,0 +1,156 @@
+"""The answer to a generating request, as an ASGI response: whole, or as server-sent events.
+
+Theory of operation. The call is submitted when the response starts, so that a client that goes
+away is noticed from the first moment. A loop waits for the call to change and writes all that is
+new in one piece; while it writes, more may come, so a slow client gets fewer and larger events.
+The status line is held back until the first token or `keepalive_s`: a refusal in that time is a
+proper HTTP error, later ones are error events.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.answers import DONE, KEEP_ALIVE, Writer, event
+from services.gateway.calls import Call
+from services.gateway.errors import ApiError
+from services.gateway.link import MeshLink
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class CallResponse(Response):
+    """Submits a call and writes its answer."""
+
+    def __init__(
+        self,
+        call: Call,
+        writer: Writer,
+        link: MeshLink,
+        *,
+        stream: bool,
+        keepalive_s: float,
+        on_end: Callable[[Call, int], None],
+    ) -> None:
+        """`on_end(call, status)` is called exactly once; status 499: the client went away."""
+        self.status_code = 200
+        self.background = None
+        self._call = call
+        self._writer = writer
+        self._link = link
+        self._stream = stream
+        self._keepalive_s = keepalive_s
+        self._on_end = on_end
+        self._gone = False
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the answer; the call is over when this returns."""
+        status = 499
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self._watch(receive))
+                try:
+                    status = await self._answer(scope, receive, send)
+                finally:
+                    watching.cancel()
+        finally:
+            self._link.cancel(self._call)
+            self._on_end(self._call, 499 if self._gone else status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        try:
+            await self._link.submit(self._call)
+            if self._stream:
+                return await self._write_stream(send)
+            return await self._write_whole(send)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return error.status
+
+    async def _watch(self, receive: Receive) -> None:
+        """Notices that the client went away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._call.changed.set()
+
+    async def _write_whole(self, send: Send) -> int:
+        while not self._call.finished and self._call.error is None:
+            await self._call.changed.wait()
+            self._call.changed.clear()
+            if self._gone:
+                return 499
+        if self._call.error is not None:
+            raise self._call.error
+        body = self._writer.answer()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return 200
+
+    async def _write_stream(self, send: Send) -> int:
+        while True:
+            waited_in_vain = await self._wait()
+            if self._gone:
+                return 499
+            events, over = self._new_events()
+            if waited_in_vain and not events:
+                events = KEEP_ALIVE
+            if events:
+                await self._write(send, events, more=not over)
+            if over:
+                return 200
+
+    async def _wait(self) -> bool:
+        """Until something is new; true if nothing came in time."""
+        try:
+            async with asyncio.timeout(self._keepalive_s):
+                await self._call.changed.wait()
+        except TimeoutError:
+            return True
+        self._call.changed.clear()
+        return False
+
+    def _new_events(self) -> tuple[bytes, bool]:
+        """All that is new, and whether the stream is over. Raises ApiError if it never began."""
+        events: list[bytes] = []
+        for choice in self._call.choices:
+            delta = choice.transcript.take()
+            if delta is not None:
+                events += self._writer.chunks(choice, delta)
+        error = self._call.error
+        if error is not None:
+            if not self._started and not events:
+                raise error
+            return b"".join((*events, event(error.content()), DONE)), True
+        over = all(choice.transcript.done for choice in self._call.choices)
+        if over:
+            events += self._writer.last_chunks()
+        return b"".join(events), over
+
+    async def _write(self, send: Send, events: bytes, *, more: bool) -> None:
+        if not self._started:
+            self._started = True
+            start = {"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)}
+            await send(start)
+        await send({"type": "http.response.body", "body": events, "more_body": more})
+
+
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    """An error as a plain answer."""
+    return Response(
+        error.body(),
+        status_code=error.status,
+        headers={**error.headers(), **(headers or {})},
+        media_type="application/json",
+    )
