@@ -426,6 +426,9 @@ class LengthClass(Value, frozen=True, kw_only=True):
     """Packed u32, one per request."""
     finished: int
     """How many were ever seen."""
+    censored: bytes = b""
+    """One byte per length: 1 if the token limit cut the output, which would have been longer.
+    Empty: not known."""
 
 
 class LengthForecast(Message, frozen=True, kw_only=True):

@@ -78,13 +78,14 @@ async def test_metrics_in_both_formats(ops: Ops) -> None:
     metrics_for(ops.registry, ProcessMetrics)
     status, kind, text = await ops.get("/metrics")
     assert (status, kind.split(";")[0]) == (200, "text/plain")
-    parsed = plain_metrics(text)  # type: ignore[no-untyped-call]
+    parsed = plain_metrics(text)
     families = {family.name: family for family in parsed}
     assert families["tranche_things"].samples[0].value == 3
     assert families["process_resident_memory_bytes"].samples[0].value > 0
     status, kind, text = await ops.get("/metrics", "application/openmetrics-text; version=1.0.0")
     assert (status, kind.split(";")[0]) == (200, "application/openmetrics-text")
-    assert "tranche_things" in {family.name for family in open_metrics(text)}
+    parsed_too = open_metrics(text)  # type: ignore[no-untyped-call]
+    assert "tranche_things" in {family.name for family in parsed_too}
 
 
 async def test_no_port_no_server() -> None:
