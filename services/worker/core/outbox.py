@@ -30,8 +30,14 @@ class _Line:
     runs: dict[str, list[TokenRun]] = field(default_factory=dict)
     """By request; several runs only where they do not join."""
     under_way: bool = False
-    not_before: float = 0.0
+    joins_until: float = 0.0
+    """Tokens are held back until then, to be joined by others."""
+    retry_at: float = 0.0
     unroutable_since: float | None = None
+
+    def due_at(self, *, at_once: bool = False) -> float:
+        """When what waits may go. `at_once`: without waiting for more to join."""
+        return self.retry_at if at_once else max(self.retry_at, self.joins_until)
 
 
 class Outbox:
@@ -69,19 +75,19 @@ class Outbox:
         """The messages to be sent now. `at_once`: without waiting for more to join."""
         batches = []
         for gateway, line in self._lines.items():
-            if not line.runs or line.under_way or not (at_once or now >= line.not_before):
+            if not line.runs or line.under_way or now < line.due_at(at_once=at_once):
                 continue
             runs = tuple(run for runs in line.runs.values() for run in runs)
             line.runs = {}
             line.under_way = True
-            line.not_before = now + COALESCE_S
+            line.joins_until = now + COALESCE_S
             batches.append(TokenBatch(gateway=gateway, worker=self._worker, epoch=epoch, runs=runs))
         return batches
 
     def deadline(self) -> float | None:
         """When the next message is due."""
-        waits = [x.not_before for x in self._lines.values() if x.runs and not x.under_way]
-        return min(waits, default=None)
+        lines = [line for line in self._lines.values() if line.runs and not line.under_way]
+        return min((line.due_at() for line in lines), default=None)
 
     def sent(self, gateway: str) -> None:
         """The broker has confirmed this gateway's message."""
@@ -98,7 +104,7 @@ class Outbox:
         because the gateway has had no queue for too long."""
         line = self._lines.setdefault(batch.gateway, _Line())
         line.under_way = False
-        line.not_before = now + RETRY_S
+        line.retry_at = now + RETRY_S
         if not unroutable:
             line.unroutable_since = None
         elif line.unroutable_since is None:
