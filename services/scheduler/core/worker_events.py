@@ -101,6 +101,8 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
     worker = books.workers.active.get(name)
     if worker is None:
         worker = Worker(info=event.info, memory=event.memory, seen_at=now)
+        if not books.workers.active:
+            books.beat_at = now  # gateways that turned clients away want to know at once
         books.workers.active[name] = worker
         for request_id, attempt in books.workers.lost.pop(name, ()):
             _drop(books, name, request_id, attempt)
