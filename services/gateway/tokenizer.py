@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from services.gateway.core.text import REPLACEMENT
 from shared.config import SetupError
+from shared.telemetry.logs import adopt_logger
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 UNKNOWN_LENGTH = 10**9
@@ -93,6 +94,7 @@ def load_model_text(model: str, name: str) -> ModelText:
     # On demand: importing transformers takes seconds, and only a running gateway needs it.
     from transformers import AutoTokenizer
 
+    adopt_logger("transformers")
     try:
         loaded = AutoTokenizer.from_pretrained(model, trust_remote_code=False, use_fast=True)
         backend = loaded.backend_tokenizer

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from services.worker.settings import WorkerSettings
 from shared.config import SetupError
+from shared.telemetry.logs import adopt_logger
 
 _NOT_CAUSAL = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ class LoadedModel:
 def load_model(settings: WorkerSettings) -> LoadedModel:
     """Load `settings.model`. Raises ModelError."""
     transformers_logging.disable_progress_bar()
+    adopt_logger("transformers")
     config = _load_config(settings)
     device = pick_device(settings.device)
     network = _load_network(settings, config, device)
