@@ -166,7 +166,7 @@ class Ledger:
             verdict, arrived = record.accept(run, now)
             self.counts[verdict] += 1
             outputs += arrived
-            if verdict == "parked":
+            if self._next_due(record) < record.due_at:
                 self._schedule(record)
             if record.finish_reason is not None:
                 del self._records[run.request_id]
