@@ -1,6 +1,7 @@
 """Loading: any causal language model of transformers, from a folder or a hub id, and its facts."""
 
 import inspect
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from shared.config import SetupError
 from shared.telemetry.logs import adopt_logger
 
 _NOT_CAUSAL = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining")
+_LOADING = threading.Lock()
+"""transformers patches torch's modules while it loads: two loads at once lose tied weights."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +62,8 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     adopt_logger("transformers")
     config = _load_config(settings)
     device = pick_device(settings.device)
-    network = _load_network(settings, config, device)
+    with _LOADING:
+        network = _load_network(settings, config, device)
     network.eval()
     text = network.config.get_text_config()
     parameters = inspect.signature(network.forward).parameters
