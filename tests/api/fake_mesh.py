@@ -30,6 +30,7 @@ EOS = 2
 RUN_TOKENS = 3
 BEAT_S = 0.2
 WORKER = "fake-worker"
+FIRST_BEAT = SchedulerBeat(epoch=1, workers=1, context_tokens_max=2048)
 Saying = TokenBatch | Recall | Rejected | SchedulerBeat
 Plan = Callable[[RequestSpec], Iterable[Saying]]
 
@@ -90,7 +91,7 @@ def runs_of(
         ends = last and (part[-1] == EOS or part[-1] in spec.sampling.stop_token_ids)
         prompt_scores = ()
         if position == 0 and spec.sampling.prompt_logprobs:
-            first, *rest = scores_of(spec, unpack(spec.prompt))
+            _, *rest = scores_of(spec, unpack(spec.prompt))
             prompt_scores = (TokenLogprobs(chosen=None), *rest)
         runs.append(
             TokenRun(
@@ -125,7 +126,7 @@ class FakeMesh:
     plan: Plan = faithful
     pause_s: float = 0.0
     """Before each message of a plan."""
-    beat: SchedulerBeat = SchedulerBeat(epoch=1, workers=1, context_tokens_max=2048)
+    beat: SchedulerBeat = FIRST_BEAT
     beating: bool = True
     heard: list[AnyMessage] = field(default_factory=list)
     specs: dict[str, RequestSpec] = field(default_factory=dict)

@@ -141,12 +141,8 @@ def test_logprobs_are_trimmed_with_the_ids() -> None:
 def test_prompt_logprobs_come_once() -> None:
     ledger = opened()
     scores = (TokenLogprobs(chosen=None), TokenLogprobs(chosen=-1.0), TokenLogprobs(chosen=-2.0))
-    first = TokenRun(
-        request_id=R, attempt=1, position=0, ids=pack([5]), prompt_logprobs=scores
-    )
-    again = TokenRun(
-        request_id=R, attempt=1, position=0, ids=pack([5, 6]), prompt_logprobs=scores
-    )
+    first = TokenRun(request_id=R, attempt=1, position=0, ids=pack([5]), prompt_logprobs=scores)
+    again = TokenRun(request_id=R, attempt=1, position=0, ids=pack([5, 6]), prompt_logprobs=scores)
     (news,) = ledger.handle(batch(first), 1.0)
     assert isinstance(news, Arrived)
     assert news.prompt_logprobs == scores
@@ -201,9 +197,7 @@ def test_silence_is_asked_about_ever_more_rarely() -> None:
 def test_before_the_first_token_patience_is_longer() -> None:
     ledger = opened()
     assert ledger.deadline() == 30.0
-    assert ledger.wake(30.0) == [
-        TokensWanted(gateway=GATEWAY, request_id=R, attempt=0, position=0)
-    ]
+    assert ledger.wake(30.0) == [TokensWanted(gateway=GATEWAY, request_id=R, attempt=0, position=0)]
 
 
 def test_progress_ends_the_asking() -> None:

@@ -1,5 +1,6 @@
 """Incremental text against plain decoding: whatever the pieces, the text is the same."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def slow_stop(text: str, stops: list[str], *, include: bool) -> tuple[str, int |
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(places)]
 
 
 @given(
