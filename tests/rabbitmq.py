@@ -141,12 +141,12 @@ class Broker:
     def start(self) -> None:
         """Returns when AMQP and management answer. Raises BrokerMissing or BrokerFailed."""
         server = find_server()
-        environment = self._write_configuration()
+        self._write_configuration()
         log = self.folder / "log" / "stdout"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [str(server)],
-                env=environment,
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -158,6 +158,13 @@ class Broker:
         except BaseException:
             self.kill()
             raise
+
+    def control(self, *arguments: str) -> None:
+        """rabbitmqctl; takes a second or two."""
+        command = [str(find_server().with_name("rabbitmqctl")), *arguments]
+        subprocess.run(
+            command, env=self._environment(), check=True, capture_output=True, timeout=60
+        )
 
     def kill(self) -> None:
         """kill -9, as a crash: nothing is saved that was not saved before."""
@@ -194,7 +201,7 @@ class Broker:
             return bool(process.environ().get("ERL_EPMD_PORT") == str(self.port + 3))
         return False
 
-    def _write_configuration(self) -> dict[str, str]:
+    def _write_configuration(self) -> None:
         for name in ("data", "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "pid").unlink(missing_ok=True)
@@ -206,6 +213,8 @@ class Broker:
             "disk_free_limit.absolute = 50MB\n"
         )
         (self.folder / "enabled_plugins").write_text("[rabbitmq_management].\n")
+
+    def _environment(self) -> dict[str, str]:
         return {
             "PATH": os.environ.get("PATH", os.defpath),
             "LANG": "C.UTF-8",

@@ -62,8 +62,9 @@ class RabbitBus:
                 consuming, "topology", self._declare_all, self._on_line_change
             )
             await self._topology.open(deadline - loop.time())
-            self._publisher = Publisher(publishing)
-            await self._publisher.open(deadline - loop.time())
+            publisher = Publisher(publishing, self._on_line_change)
+            await publisher.open(deadline - loop.time())
+            self._publisher = publisher
         except BaseException:
             await self.close()
             raise
@@ -125,12 +126,9 @@ class RabbitBus:
     async def close(self) -> None:
         """Handlers first (they may publish), then what waits for a confirm, then the line."""
         await asyncio.gather(*(s.close() for s in tuple(self._subscriptions)))
-        publisher, self._publisher = self._publisher, None
-        if publisher is not None:
-            await publisher.close()
-        topology, self._topology = self._topology, None
-        if topology is not None:
-            await topology.close()
+        channels = (self._publisher, self._topology)
+        self._publisher = self._topology = None
+        await asyncio.gather(*(channel.close() for channel in channels if channel is not None))
         connections, self._connections = self._connections, ()
         await asyncio.gather(*(hang_up(connection) for connection in connections))
 
@@ -140,13 +138,12 @@ class RabbitBus:
 
     def _on_line_change(self) -> None:
         """A channel was lost, or is back. When all are back, tell who asked for it."""
-        if self._topology is None:
+        if self._topology is None or self._publisher is None:
             return
-        all_ready = self._topology.is_ready and all(s.is_ready for s in self._subscriptions)
-        if not all_ready:
+        own_ready = self._topology.is_ready and self._publisher.is_ready
+        if not own_ready or not all(s.is_ready for s in self._subscriptions):
             self._was_lost = True
-            return
-        if self._was_lost:
+        elif self._was_lost:
             self._was_lost = False
             _log.info("bus.reconnected", service=self._service)
             for callback in self._reconnect_callbacks:

@@ -44,7 +44,6 @@ ARGUMENTS: dict[str, str | int] = {
     "x-max-length": LENGTH_MAX,
     "x-overflow": "reject-publish",
     "x-dead-letter-exchange": DEAD_LETTER_EXCHANGE,
-    "x-dead-letter-strategy": "at-least-once",
     # A number that was in the hands of so many dying schedulers is still the number.
     "x-delivery-limit": 1_000_000,
 }

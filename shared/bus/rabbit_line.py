@@ -6,6 +6,7 @@ broker, a deleted queue), it is opened anew and `setup` makes it what it was.
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,12 +27,16 @@ from yarl import URL
 from shared.bus.api import BusUnavailable
 
 _log = structlog.get_logger(__name__)
+for _library in ("aio_pika", "aiormq"):
+    # They print a stack for every cut line and a line for every failed attempt; what matters of it
+    # is logged here once per loss.
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 HEARTBEAT_S = 10
 """RabbitMQ drops a silent client after two of these, aiormq a silent broker after three."""
 ATTEMPT_TIMEOUT_S = 10.0
 """For one connection attempt or one set-up of a channel: many round trips even on a busy broker."""
-CLOSE_TIMEOUT_S = 3.0
+CLOSE_TIMEOUT_S = 2.0
 """For a polite goodbye; after it the socket is just dropped."""
 BACKOFF = wait_random_exponential(multiplier=0.1, max=2.0)
 """Full jitter, so that a restarted broker is not met by all services at once."""
@@ -88,7 +93,7 @@ async def connect(url: str, name: str, deadline_s: float) -> RobustConnection:
 
 async def _connect_once(address: URL, timeout_s: float) -> RobustConnection:
     # A random pause per process keeps many services from coming back in step.
-    connection = RobustConnection(address, reconnect_interval=random.uniform(0.5, 1.5))  # noqa: S311
+    connection = RobustConnection(address, reconnect_interval=random.uniform(0.25, 0.75))  # noqa: S311
     try:
         with line_errors():
             await connection.connect(timeout=timeout_s)

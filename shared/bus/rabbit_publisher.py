@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 from aio_pika.exceptions import DeliveryError, PublishError
@@ -34,8 +34,8 @@ FLUSH_TIMEOUT_S = 5.0
 class Publisher:
     """All that one bus publishes goes through here, over one channel."""
 
-    def __init__(self, connection: RobustConnection) -> None:
-        self._kept = KeptChannel(connection, "publishing", self._set_up)
+    def __init__(self, connection: RobustConnection, on_change: Callable[[], None]) -> None:
+        self._kept = KeptChannel(connection, "publishing", self._set_up, on_change)
         self._exchanges = dict.fromkeys(EXCHANGES)
         self._window = asyncio.Semaphore(IN_FLIGHT_MAX)
         self._in_flight = 0
@@ -43,6 +43,11 @@ class Publisher:
         self._idle.set()
         self._prefix = uuid.uuid4().hex[:16]
         self._numbers = itertools.count(1)
+
+    @property
+    def is_ready(self) -> bool:
+        """False while the line is lost."""
+        return self._kept.is_ready
 
     async def open(self, deadline_s: float) -> None:
         """Raises BusUnavailable."""

@@ -2,7 +2,8 @@
 
 Always set here, because defaults differ or are missing: the delivery limit, the dead-letter
 exchange, the overflow rule. Never used: x-max-priority on quorum queues, x-queue-mode, mirroring,
-global prefetch, transient queues that are not exclusive.
+global prefetch, transient queues that are not exclusive. Nor x-dead-letter-strategy=at-least-once:
+with it a quorum queue of 3.10.8 never finds its leader again after the broker was killed.
 """
 
 from aiormq.abc import AbstractChannel
@@ -61,8 +62,6 @@ def arguments_of(spec: QueueSpec) -> FieldTable:
         arguments |= {
             "x-queue-type": "quorum",
             "x-delivery-limit": RETURN_LIMIT,
-            # Needs reject-publish; the default may lose a dead letter on its way.
-            "x-dead-letter-strategy": "at-least-once",
         }
     if spec.single_active_consumer:
         arguments["x-single-active-consumer"] = True
