@@ -27,6 +27,8 @@ from shared.config import ServiceSettings, SetupError
 
 READY_POLL_S = 0.05
 READY_TIMEOUT_S = 1.0
+WORKER_READY_METRIC = "tranche_kv_capacity_tokens"
+"""A worker reports it once its model is loaded."""
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
 
@@ -72,8 +74,8 @@ def run_mesh(settings: MeshSettings) -> None:
 async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
     """Run the whole mesh until `stop` is set, then drain it.
 
-    `on_ready` is called as soon as a first request would be served. Raises what a service raises,
-    in an ExceptionGroup.
+    `on_ready` is called as soon as the gateway answers and every worker has its model. Raises what
+    a service raises, in an ExceptionGroup.
     """
     registry = CollectorRegistry()
     stop_backstage = asyncio.Event()
@@ -82,7 +84,7 @@ async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], Non
         for settings in backstage:
             tasks.create_task(serve_one(settings, stop_backstage, registry), name=settings.service)
         serving = tasks.create_task(serve_one(mesh.gateway, stop, registry), name="gateway")
-        announcing = tasks.create_task(_announce(mesh.url, on_ready), name="announce")
+        announcing = tasks.create_task(_announce(mesh, registry, on_ready), name="announce")
         await asyncio.wait((serving,))
         announcing.cancel()
         stop_backstage.set()
@@ -144,8 +146,12 @@ def banner(mesh: Mesh, seconds: float) -> str:
     )
 
 
-async def _announce(url: str, on_ready: Callable[[], None]) -> None:
-    while not await asyncio.to_thread(_is_ready, url):  # noqa: ASYNC110 - asked as a client would
+async def _announce(mesh: Mesh, registry: CollectorRegistry, on_ready: Callable[[], None]) -> None:
+    names = [worker.name for worker in mesh.workers]
+    while not (  # noqa: ASYNC110 - asked from outside, as a client would
+        all(registry.get_sample_value(WORKER_READY_METRIC, {"worker": name}) for name in names)
+        and await asyncio.to_thread(_is_ready, mesh.url)
+    ):
         await asyncio.sleep(READY_POLL_S)
     on_ready()
 

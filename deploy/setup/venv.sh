@@ -73,10 +73,10 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+"$pip" install -q -c constraints.txt setuptools
 say "torch $torch_version ($kind)"
 install_torch "$kind"
 say "the other packages for: $extra"
-"$pip" install -q -c constraints.txt setuptools
 # The project is found where it lies; only what it depends on is downloaded.
 "$pip" install -q -c constraints.txt --no-build-isolation -e ".[$extra]"
 rm -f "$venv"/.tranche-"$extra"-*

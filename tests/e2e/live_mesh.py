@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import threading
 import uuid
@@ -86,13 +87,20 @@ def live_mesh(
         port=_free_port(),
         **{name: value for name, value in given.items() if value is not None},
     )
-    mesh = LiveMesh(plan(settings))
+    mesh = LiveMesh(_for_tests(plan(settings)))
     try:
         yield mesh
     finally:
         mesh.stop()
         if not bus:
             forget_memory_broker(url)
+
+
+def _for_tests(mesh: Mesh) -> Mesh:
+    """No history left behind, and one thread a worker: tests run side by side on few cores."""
+    estimator = mesh.estimator.model_copy(update={"database": ":memory:"})
+    workers = tuple(worker.model_copy(update={"torch_threads": 1}) for worker in mesh.workers)
+    return dataclasses.replace(mesh, estimator=estimator, workers=workers)
 
 
 def _free_port() -> int:

@@ -93,7 +93,10 @@ def test_the_process_serves_and_ends_with_exit_code_0(
     number: signal.Signals, free_port: int
 ) -> None:
     command = [sys.executable, "-m", "services", "serve", "--port", str(free_port)]
-    environment = os.environ | {"TRANCHE_WORKER_TORCH_THREADS": "1"}
+    environment = os.environ | {
+        "TRANCHE_WORKER_TORCH_THREADS": "1",
+        "TRANCHE_ESTIMATOR_DATABASE": ":memory:",
+    }
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
