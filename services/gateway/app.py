@@ -219,8 +219,8 @@ def make_app(api: Api) -> FastAPI:
         is_ready = api.admission.ready
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    async def metrics(request: Request) -> Response:
-        return metrics_response(api.telemetry.registry, request.headers.get("accept", ""))
+    async def metrics() -> Response:
+        return metrics_response(api.telemetry.registry)
 
     async def version_of() -> Response:
         return JSONResponse({"version": product_version()})

@@ -121,6 +121,12 @@ def failed(message: str) -> ApiError:
     return ApiError(500, message, code="generation_failed", kind="server_error")
 
 
+def slow_reader(characters: int) -> ApiError:
+    """The client does not read its stream; this is the last event."""
+    message = f"More than {characters} characters waited to be read; the request was cancelled."
+    return ApiError(408, message, code="slow_reader")
+
+
 def rejected(rejection: Rejected) -> ApiError:
     """What a scheduler's refusal means to a client."""
     retry_after_s = rejection.retry_after_s

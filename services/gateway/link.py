@@ -18,6 +18,7 @@ from services.gateway.errors import (
     failed,
     overdue,
     rejected,
+    slow_reader,
     unavailable,
 )
 from services.gateway.metrics import GatewayMetrics
@@ -163,12 +164,17 @@ class MeshLink:
         )
         if stopped_at is not None:
             self._stop(choice, stopped_at)
-        elif choice.transcript.pending_characters > self._settings.stream_characters_max:
+        elif self._reads_too_slowly(choice):
             self._metrics.slow_readers.inc()
-            slow = failed("The client reads too slowly; the request was cancelled.")
-            self._forget(choice, slow)
+            self._forget(choice, slow_reader(self._settings.stream_characters_max))
             self._send(self._ledger.cancel(arrived.request_id))
         call.changed.set()
+
+    def _reads_too_slowly(self, choice: Choice) -> bool:
+        """A whole answer may wait, and so may the end of an output that is complete."""
+        waiting = choice.transcript.pending_characters
+        too_much = choice.spec.stream and waiting > self._settings.stream_characters_max
+        return too_much and choice.spec.request_id in self._ledger
 
     def _on_end(self, ended: Ended) -> None:
         known = self._open.get(ended.request_id)

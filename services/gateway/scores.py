@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
+from services.gateway.core.text import Detokenizer
 from services.gateway.core.transcript import ScoredToken
 from services.gateway.tokenizer import ModelText
 from shared.messages import TokenLogprobs
@@ -12,12 +14,14 @@ from shared.tokens import unpack
 LOGPROB_MIN = -9999.0
 """JSON has no minus infinity; vLLM writes this for it."""
 TOKENS_CACHED = 65_536
+UNSCORED = TokenLogprobs(chosen=None)
 
 
 class TokenTexts:
     """What single tokens look like, remembered: top alternatives repeat all the time."""
 
     def __init__(self, model: ModelText) -> None:
+        self.model = model
         self.text = lru_cache(TOKENS_CACHED)(model.token_text)
         self.bytes = lru_cache(TOKENS_CACHED)(model.token_bytes)
 
@@ -40,10 +44,11 @@ def prompt_logprobs(
     ids: Sequence[int], scores: Sequence[TokenLogprobs], count: int, texts: TokenTexts
 ) -> dict[str, Any]:
     """`logprobs` of an echoed prompt; its first token has none."""
+    detokenizer = Detokenizer(texts.model.tokenizer)
     scored, offset = [], 0
-    for token_id, score in zip(ids, scores, strict=False):
+    for token_id, score in zip(ids, [*scores, *repeat(UNSCORED, len(ids))], strict=False):
         scored.append(ScoredToken(token_id, score, offset))
-        offset += len(texts.text(token_id))
+        offset += len(detokenizer.push(token_id))
     return completion_logprobs(scored, count, texts)
 
 

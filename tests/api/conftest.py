@@ -68,10 +68,8 @@ async def staged(**changes: object) -> AsyncIterator[Stage]:
     gateway_bus, mesh_bus = MemoryBus(broker), MemoryBus(broker)
     await gateway_bus.open()
     await mesh_bus.open()
-    settings = GatewaySettings(
-        **{"port": free_port(), "model": str(DEMO_MODEL), "drain_s": 5.0, "log_level": "error"}
-        | changes
-    )
+    usual = {"port": free_port(), "model": str(DEMO_MODEL), "drain_s": 5.0, "log_level": "error"}
+    settings = GatewaySettings.model_validate(usual | changes)
     telemetry = start(settings, "gateway-test")
     stop = asyncio.Event()
     url = f"http://127.0.0.1:{settings.port}"

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from shared.bus.api import Bus, Delivery, QueueSpec
+from shared.bus.api import Delivery, QueueSpec
+from shared.bus.memory import MemoryBus
 from shared.bus.topology import ASKS, ORDERS, SCHEDULER_QUEUE, addresses_of
 from shared.messages import (
     AnyMessage,
@@ -89,7 +90,7 @@ def runs_of(
         part = ids[position : position + size]
         last = position + len(part) == len(ids)
         ends = last and (part[-1] == EOS or part[-1] in spec.sampling.stop_token_ids)
-        prompt_scores = ()
+        prompt_scores: tuple[TokenLogprobs, ...] = ()
         if position == 0 and spec.sampling.prompt_logprobs:
             _, *rest = scores_of(spec, unpack(spec.prompt))
             prompt_scores = (TokenLogprobs(chosen=None), *rest)
@@ -122,12 +123,13 @@ def faithful(spec: RequestSpec) -> list[Saying]:
 class FakeMesh:
     """Answers each Submit with its plan; keeps all that it hears."""
 
-    bus: Bus
+    bus: MemoryBus
     plan: Plan = faithful
     pause_s: float = 0.0
     """Before each message of a plan."""
     beat: SchedulerBeat = FIRST_BEAT
     beating: bool = True
+    on_beat: Callable[[GatewayBeat], None] = lambda beat: None
     heard: list[AnyMessage] = field(default_factory=list)
     specs: dict[str, RequestSpec] = field(default_factory=dict)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -177,6 +179,7 @@ class FakeMesh:
         message = delivery.message
         match message:
             case GatewayBeat():
+                self.on_beat(message)
                 return
             case Submit(spec=spec):
                 self.specs[spec.request_id] = spec

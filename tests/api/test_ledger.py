@@ -185,7 +185,7 @@ def test_what_waits_behind_a_gap_is_bounded() -> None:
 def test_silence_is_asked_about_ever_more_rarely() -> None:
     ledger = opened(expires_at=10_000.0)
     ledger.handle(batch(run(0, 5)), 0.0)
-    asked_at = []
+    asked_at: list[float] = []
     while len(asked_at) < 8:
         now = ledger.deadline()
         assert now is not None

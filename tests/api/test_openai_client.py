@@ -345,7 +345,9 @@ def test_all_sampling_parameters_at_once(client: OpenAI, model: str) -> None:
 
 
 def test_chat(client: OpenAI, model: str) -> None:
-    answer = client.chat.completions.create(model=model, messages=CHAT, max_tokens=12, seed=1)
+    answer = client.chat.completions.create(
+        model=model, messages=CHAT, max_tokens=12, seed=1, extra_body={"min_tokens": 3}
+    )
     assert answer.id.startswith("chatcmpl-")
     assert answer.object == "chat.completion"
     assert answer.system_fingerprint
@@ -387,7 +389,7 @@ def test_chat_stream(client: OpenAI, model: str) -> None:
 
 def test_chat_stream_helper(client: OpenAI, model: str) -> None:
     with client.chat.completions.stream(
-        model=model, messages=CHAT, max_tokens=10, seed=1
+        model=model, messages=CHAT, max_tokens=10, seed=1, extra_body={"min_tokens": 3}
     ) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
         snapshot = stream.current_completion_snapshot
