@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("services", "shared", "sim", "bench")
 LINES_MAX = 500
 """A file over 400 lines asks to be two; beyond this it has to be."""
+TEST_LINES_MAX = 700
+"""Suites of many small cases may be longer."""
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 IMPURE_MODULES = {"asyncio", "time", "random", "uuid", "logging", "socket", "threading", "secrets"}
 IMPURE_MODULES |= {"os", "torch", "numpy.random", "structlog", "aio_pika"}
@@ -51,7 +53,9 @@ def test_no_file_has_a_vague_name_or_no_end() -> None:
     files = tracked("*.py")
     assert [path for path in files if path.name in VAGUE_NAMES] == []
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {path: lines for path, lines in lengths.items() if lines > LINES_MAX} == {}
+    in_tests = {path for path in files if path.is_relative_to(ROOT / "tests")}
+    limits = {path: TEST_LINES_MAX if path in in_tests else LINES_MAX for path in files}
+    assert {path: lines for path, lines in lengths.items() if lines > limits[path]} == {}
 
 
 @pytest.mark.parametrize("service", ["gateway", "scheduler", "worker", "estimator"])

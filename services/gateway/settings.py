@@ -14,8 +14,9 @@ class GatewaySettings(ServiceSettings):
     model_config = settings_config("gateway")
 
     host: str = "127.0.0.1"
+    """Where the REST interface listens; 0.0.0.0: everywhere."""
     port: int = Field(default=8000, ge=0, le=65_535)
-    """0: any free port (for tests)."""
+    """Where the REST interface listens; 0: any free port (for tests)."""
     model: str = ""
     """Folder or hub id of the model; the gateway loads its tokenizer and configuration only."""
     served_model_name: str = ""
@@ -43,9 +44,11 @@ class GatewaySettings(ServiceSettings):
     stream_characters_max: int = Field(default=262_144, ge=1_024)
     """Text that waits for a slow reader; beyond, its request is cancelled."""
     gap_wait_s: float = Field(default=1.0, gt=0.0)
+    """Missing tokens in front of later ones are asked for after so long."""
     silence_s: float = Field(default=5.0, gt=0.0)
+    """The next tokens of a running output are asked for after so long."""
     first_silence_s: float = Field(default=30.0, gt=0.0)
-    """When missing tokens are asked for: behind a gap, in a running output, before the first."""
+    """The first tokens of an output are asked for after so long."""
     drain_s: float = Field(default=30.0, ge=0.0)
     """At a stop, open requests may go on for so long."""
     keep_alive_connection_s: int = Field(default=75, ge=1)

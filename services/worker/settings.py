@@ -27,6 +27,7 @@ class WorkerSettings(ServiceSettings):
     revision: str = ""
     """A branch, tag or commit of a hub model; empty: the default branch."""
     engine: str = "padded"
+    """What runs the slices; an unknown name lists all."""
     device: Device = "auto"
     """auto: CUDA where there is one."""
     dtype: DataType = "auto"

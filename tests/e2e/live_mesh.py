@@ -35,7 +35,7 @@ class LiveMesh:
         self._loop = uvloop.new_event_loop()
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="mesh")
+        self._thread = threading.Thread(target=self._run, name="mesh", daemon=True)
         self._thread.start()
         self._ready.wait(START_TIMEOUT_S)
         if not self._ready.is_set() or self._error:
