@@ -34,6 +34,9 @@ ANCHOR_WEIGHT = 0.03
 """Of the prior's rows beside a measured row: they decide only what no sample says."""
 ANCHORS = ((1, 32), (1, 1024), (16, 32), (16, 1024))
 """(N, L) at which the prior is asked."""
+COUNT_MAX = 1 << 24
+SECONDS_MIN, SECONDS_MAX = 1e-6, 1e5
+"""Timings outside are a broken worker's; inside, the fit's arithmetic is safe."""
 REFIT_ALWAYS = 32
 """Refit after each of the first samples, then after every eighth: a fit costs about 0.2 ms."""
 REFIT_EVERY = 8
@@ -109,6 +112,11 @@ class CostFit:
     samples: int = 0
     _buckets: dict[tuple[int, int], deque[SliceTimings]] = field(default_factory=dict)
 
+    @property
+    def window(self) -> list[SliceTimings]:
+        """The slices that the fit looks at."""
+        return [timings for bucket in self._buckets.values() for timings in bucket]
+
     def observe(self, timings: SliceTimings) -> None:
         """Take in one slice. Timings that cannot be true are ignored."""
         if not _plausible(timings):
@@ -122,21 +130,27 @@ class CostFit:
             self._refit()
 
     def _refit(self) -> None:
-        window = [timings for bucket in self._buckets.values() for timings in bucket]
+        window = self.window
         prefill = [(_prefill_row(t), t.prefill_s) for t in window if t.prefill_s > 0]
         stepped = (t for t in window if t.iterations > 1 and t.decode_s > 0)
         decode = [(_decode_row(t), t.decode_s) for t in stepped]
-        self.cost = SliceCost(
-            prefill=_fit(prefill, self.prior.prefill), decode=_fit(decode, self.prior.decode)
-        )
+        try:
+            self.cost = SliceCost(
+                prefill=_fit(prefill, self.prior.prefill), decode=_fit(decode, self.prior.decode)
+            )
+        except RuntimeError:
+            return  # the solver gave up; what was known is still the best guess
 
 
 Row = tuple[float, float, float, float]
 
 
 def _plausible(timings: SliceTimings) -> bool:
-    whole = timings.batch_size > 0 and timings.input_tokens_max > 0 and timings.iterations > 0
-    return whole and 0 <= timings.prefill_s < 1e6 and 0 <= timings.decode_s < 1e6
+    counts = (timings.batch_size, timings.input_tokens_max, timings.iterations)
+    seconds = (timings.prefill_s, timings.decode_s)
+    return all(1 <= count <= COUNT_MAX for count in counts) and all(
+        part == 0 or SECONDS_MIN <= part <= SECONDS_MAX for part in seconds
+    )
 
 
 def _prefill_row(timings: SliceTimings) -> Row:

@@ -84,6 +84,7 @@ class SchedulerMetrics:
             "vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", *names
         )
         self._expected: dict[str, float] = {}
+        self._model = ""
 
     def on_command(self, command: SchedulerCommand) -> None:
         """Count what the core decided."""
@@ -121,9 +122,12 @@ class SchedulerMetrics:
         self.kv_usage.set(beat.kv_usage)
         self.predicted_wait.set(beat.predicted_wait_s)
         self.epoch.set(beat.epoch)
-        self.vllm_waiting.labels(model, ENGINE).set(beat.waiting)
-        self.vllm_running.labels(model, ENGINE).set(beat.running)
-        self.vllm_kv_usage.labels(model, ENGINE).set(beat.kv_usage)
+        # Without a worker the model has no name now; an empty label would be none at all.
+        self._model = model or self._model
+        if self._model:
+            self.vllm_waiting.labels(self._model, ENGINE).set(beat.waiting)
+            self.vllm_running.labels(self._model, ENGINE).set(beat.running)
+            self.vllm_kv_usage.labels(self._model, ENGINE).set(beat.kv_usage)
 
     def deposed(self) -> None:
         """No longer the leader: nothing to say, nothing expected."""

@@ -8,8 +8,9 @@ delayed, repeated, overtaken and (where the protocol mends it) lost.
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from services.scheduler.core.presets import preset_named
@@ -31,6 +32,7 @@ from shared.messages import (
     Resume,
     RunSlice,
     SchedulerBeat,
+    SchedulerCommand,
     SchedulerEvent,
     SendTokens,
     SliceDone,
@@ -142,7 +144,7 @@ class World:
         """Request to its true output length."""
         self.finished: dict[str, list[Finished]] = {}
         self.life_finished: set[str] = set()
-        self.transcript: list[object] = []
+        self.transcript: list[SchedulerCommand] = []
         self.boots = itertools.count(1)
         self._wake_at = float("inf")
         self.elect()
@@ -182,7 +184,7 @@ class World:
             else:
                 self.net.at(deadline, lambda: self._wake(core))
 
-    def _take(self, commands: list[object]) -> None:
+    def _take(self, commands: Sequence[SchedulerCommand]) -> None:
         core = self.core
         assert core is not None
         for command in commands:
@@ -192,7 +194,7 @@ class World:
         assert deadline is not None
         self.net.at(deadline, lambda: self._wake(core))
 
-    def _carry_out(self, command: object) -> None:
+    def _carry_out(self, command: SchedulerCommand) -> None:
         match command:
             case RunSlice() | Drop() | SendTokens() | DrainWorker():
                 self._to_worker(command)
@@ -211,13 +213,18 @@ class World:
                 self.finished.setdefault(command.request_id, []).append(command)
 
     def _to_worker(self, command: RunSlice | Drop | SendTokens | DrainWorker) -> None:
+        core = self.core
+        assert core is not None
         worker = self.workers.get(command.worker)
         if worker is None:
-            epoch = self.epoch
-            returned = OrderReturned(worker=command.worker)
-            self.net.after(0.01, lambda: self.epoch == epoch and self.deliver(returned))
+            self.net.after(0.01, partial(self._return, command.worker, core))
         else:
             self.net.carry(command, worker.receive)
+
+    def _return(self, worker: str, core: Scheduler) -> None:
+        """The broker could not route an order of this leader."""
+        if core is self.core:
+            self.deliver(OrderReturned(worker=worker))
 
     # ------------------------------------------------------------------------- the other actors
 

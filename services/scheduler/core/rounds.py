@@ -1,6 +1,7 @@
 """A round: from the pool to batches on workers, by the preset's five answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
@@ -105,7 +106,9 @@ def _offload(
     books: Books, batches: list[list[Request]], targets: Sequence[Worker], now: float
 ) -> int:
     """Give batches to workers; returns how many were given."""
-    rooms = [_room(books, worker) for worker in targets]
+    rooms: dict[Room, list[int]] = {}
+    for place, worker in enumerate(targets):
+        rooms.setdefault(_room(books, worker), []).append(place)
     batches, allowed = _placeable(books, batches, rooms)
     needs = [_footprint(books, batch) for batch in batches]
     estimates = [
@@ -125,12 +128,12 @@ def _offload(
 
 
 def _placeable(
-    books: Books, batches: list[list[Request]], rooms: Sequence[Room]
-) -> tuple[list[list[Request]], list[list[int]]]:
+    books: Books, batches: list[list[Request]], rooms: Mapping[Room, Sequence[int]]
+) -> tuple[list[list[Request]], list[Sequence[int]]]:
     """Each batch and the targets it fits on. A batch that fits none is broken up: workers differ,
     and each of its requests may fit somewhere."""
     kept: list[list[Request]] = []
-    allowed: list[list[int]] = []
+    allowed: list[Sequence[int]] = []
     for batch in batches:
         targets = _fitting(books, batch, rooms)
         if targets or len(batch) == 1:
@@ -142,9 +145,13 @@ def _placeable(
     return kept, allowed
 
 
-def _fitting(books: Books, batch: Sequence[Request], rooms: Sequence[Room]) -> list[int]:
+def _fitting(
+    books: Books, batch: Sequence[Request], rooms: Mapping[Room, Sequence[int]]
+) -> Sequence[int]:
+    """The targets that this batch fits on. Most workers are alike: each kind is asked once."""
     need = _footprint(books, batch)
-    return [place for place, room in enumerate(rooms) if fits(room, need)]
+    kinds = [targets for room, targets in rooms.items() if fits(room, need)]
+    return kinds[0] if len(kinds) == 1 else sorted(chain.from_iterable(kinds))
 
 
 def _footprint(books: Books, batch: Sequence[Request]) -> Footprint:

@@ -5,11 +5,11 @@ a list of indices into them. A batch of one is always allowed here, even if it f
 offloading decides that. What is in no batch stays in the pool.
 """
 
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from heapq import heapify, heappop, heappush
 
 from shared.costs import Bilinear, SliceCost
 
@@ -73,8 +73,8 @@ def dp(waiting: Waiting) -> Batches:
     cost = waiting.cost.slice(waiting.slice_tokens)
     limits = [waiting.size_limit(length, waiting.slice_tokens) for length in waiting.inputs]
     cuts = cheapest_cuts(waiting.inputs, limits, cost)
-    batches = [list(range(start, end)) for start, end in cuts]
-    return _spread(batches, waiting.inputs, cost, waiting.batches_wanted)
+    cuts = _spread(cuts, waiting.inputs, cost, waiting.batches_wanted)
+    return [list(range(start, end)) for start, end in cuts]
 
 
 BATCHINGS: dict[str, Callable[[Waiting], Batches]] = {
@@ -90,24 +90,47 @@ def cheapest_cuts(
     """Half-open ranges of the sorted `lengths` with the least sum of cost.at(N, longest).
 
     `limits[i]` is the most rows of a batch whose longest input is lengths[i]; it must not rise
-    with i (below 1 counts as 1). Ties prefer the smaller batch. O(n x rows), the inner loop in
-    numpy: about 60 ms for 10,000 requests.
+    with i (below 1 counts as 1).
+
+    The recurrence is SCLS's, f(e) = min over s of f(s) + (e - s) x slope(e) + fixed(e), and costs
+    O(n x rows) if every s is tried. But slope(e) never falls with e, so once a later start is as
+    good as an earlier one it stays so, and so does a start that became too far away. Hence the
+    starts worth trying form a queue, each with the first end from which it is the best, found by
+    bisection: O(n log n), about 30 ms for 10,000 requests.
     """
     count = len(lengths)
-    best: NDArray[np.float64] = np.zeros(count + 1)
+    slopes = [cost.per_row_token * length + cost.per_row for length in lengths]
+    earliest = [end - max(1, limits[end - 1]) for end in range(1, count + 1)]
+    best = [0.0] * (count + 1)
     start_of = [0] * (count + 1)
-    widest = max([1, *limits])
-    sizes = np.arange(min(widest, count), 0, -1, dtype=np.float64)
+    queue: deque[tuple[int, int]] = deque([(0, 1)])
+
+    def better_from(start: int, later: int) -> int:
+        """The first end at which `later` is as good a start as `start`, or `start` too far."""
+        break_even = (best[later] - best[start]) / (later - start)
+        by_cost = bisect_left(slopes, break_even) + 1
+        by_limit = bisect_right(earliest, start) + 1
+        return max(later + 1, min(by_cost, by_limit))
+
     for end in range(1, count + 1):
-        length = lengths[end - 1]
-        rows = max(1, min(limits[end - 1], end))
-        per_row = cost.per_row_token * length + cost.per_row
-        sums = best[end - rows : end] + per_row * sizes[len(sizes) - rows :]
-        smallest = rows - 1 - int(sums[::-1].argmin())
-        best[end] = sums[smallest] + cost.per_token * length + cost.fixed
-        start_of[end] = end - rows + smallest
+        while len(queue) > 1 and queue[1][1] <= end:
+            queue.popleft()
+        start = start_of[end] = queue[0][0]
+        fixed = cost.per_token * lengths[end - 1] + cost.fixed
+        best[end] = best[start] + (end - start) * slopes[end - 1] + fixed
+        first = better_from(queue[-1][0], end)
+        while first <= queue[-1][1]:
+            queue.pop()
+            first = better_from(queue[-1][0], end)
+        if first <= count:
+            queue.append((end, first))
+    return _cuts(start_of)
+
+
+def _cuts(start_of: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges, first to last, from the best start of every end."""
     cuts: list[tuple[int, int]] = []
-    end = count
+    end = len(start_of) - 1
     while end > 0:
         cuts.append((start_of[end], end))
         end = start_of[end]
@@ -115,22 +138,29 @@ def cheapest_cuts(
 
 
 def _spread(
-    batches: Batches, inputs: Sequence[int], cost: Bilinear, batches_wanted: int
-) -> Batches:
-    """Split the dearest batch where its halves are most alike, until there are enough."""
+    cuts: list[tuple[int, int]], inputs: Sequence[int], cost: Bilinear, batches_wanted: int
+) -> list[tuple[int, int]]:
+    """Split the dearest batch where its parts are most alike, until there are enough."""
 
-    def price(batch: Sequence[int]) -> float:
-        return cost.at(len(batch), inputs[batch[-1]])
+    def price(start: int, end: int) -> float:
+        return cost.at(end - start, inputs[end - 1])
 
-    while len(batches) < min(batches_wanted, len(inputs)):
-        dearest = max(
-            (place for place, batch in enumerate(batches) if len(batch) > 1),
-            key=lambda place: price(batches[place]),
+    heap = [(-price(start, end), start, end) for start, end in cuts if end - start > 1]
+    heapify(heap)
+    whole = [cut for cut in cuts if cut[1] - cut[0] == 1]
+    while heap and len(heap) + len(whole) < batches_wanted:
+        _, start, end = heappop(heap)
+        # The left part's price rises with the cut, the right part's falls.
+        left = bisect_left(
+            range(start + 1, end), True, key=lambda c: price(start, c) >= price(c, end)
         )
-        batch = batches[dearest]
-        cut = min(range(1, len(batch)), key=lambda c: max(price(batch[:c]), price(batch[c:])))
-        batches[dearest : dearest + 1] = [batch[:cut], batch[cut:]]
-    return batches
+        middle = min(start + 1 + left, end - 1)
+        for part in ((start, middle), (middle, end)):
+            if part[1] - part[0] > 1:
+                heappush(heap, (-price(*part), *part))
+            else:
+                whole.append(part)
+    return sorted(whole + [(start, end) for _, start, end in heap])
 
 
 def _tightest(waiting: Waiting, left: Sequence[int], place: int) -> range:

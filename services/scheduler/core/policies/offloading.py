@@ -5,6 +5,7 @@ round-robin do not always begin with the first worker.
 """
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heapreplace
 
 Assignment = list[tuple[int, int]]
 """(batch, worker) pairs in the order of dispatch; a batch that fits nowhere is missing."""
@@ -37,14 +38,33 @@ def max_min(
 ) -> Assignment:
     """SCLS's max-min, as reconstructed: the longest batch first, each to the least loaded worker
     at that moment; ties rotate."""
+    longest_first = sorted(range(len(estimates)), key=lambda b: -estimates[b])
+    if all(len(targets) == len(loads) for targets in allowed):
+        return _to_least(longest_first, estimates, loads, turn)
     loads = list(loads)
     assignment: Assignment = []
-    for batch in sorted(range(len(estimates)), key=lambda b: -estimates[b]):
+    for batch in longest_first:
         if allowed[batch]:
             worker = min(allowed[batch], key=lambda w: (loads[w], (w - turn) % len(loads)))
             assignment.append((batch, worker))
             loads[worker] += estimates[batch]
             turn = worker + 1
+    return assignment
+
+
+def _to_least(
+    batches: Sequence[int], estimates: Sequence[float], loads: Sequence[float], turn: int
+) -> Assignment:
+    """Max-min where every batch fits everywhere, with a heap: thousands of workers stay cheap.
+    Of equal loads the one that got a batch longest ago is next."""
+    count = len(loads)
+    heap = [(load, (worker - turn) % count, worker) for worker, load in enumerate(loads)]
+    heapify(heap)
+    assignment: Assignment = []
+    for age, batch in enumerate(batches, start=count):
+        load, _, worker = heap[0]
+        assignment.append((batch, worker))
+        heapreplace(heap, (load + estimates[batch], age, worker))
     return assignment
 
 
