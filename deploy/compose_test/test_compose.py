@@ -106,7 +106,11 @@ async def test_a_trace_shows_slices_and_workers(stack: Stack, measured: Measured
         for span in spans
     ]
     assert all(worker_of(span) for span in slices(spans))
-    assert {span["service"] for span in spans} >= {"gateway", "scheduler", "worker"}
+    assert {span["service"] for span in spans} >= {
+        "tranche-gateway",
+        "tranche-scheduler",
+        "tranche-worker",
+    }
 
 
 async def test_scaling_under_load_fails_nothing(
@@ -168,7 +172,7 @@ async def trace(
         while True:
             spans: list[Span] = (await client.get(f"{collector}/spans")).json()
             found = [span for span in spans if span["trace_id"] == trace_id]
-            if complete(found) and {"gateway"} <= {span["service"] for span in found}:
+            if complete(found) and {"tranche-gateway"} <= {span["service"] for span in found}:
                 return sorted(found, key=lambda span: float(span["start_s"]))
             await asyncio.sleep(0.5)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -86,8 +86,8 @@ def ops_app(registry: CollectorRegistry, ready: Callable[[], bool]) -> Starlette
         is_ready = ready()
         return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
 
-    async def metrics(request: Request) -> Response:
-        return metrics_response(registry, request.headers.get("accept", ""))
+    async def metrics(_: Request) -> Response:
+        return metrics_response(registry)
 
     return Starlette(
         routes=[
@@ -98,7 +98,10 @@ def ops_app(registry: CollectorRegistry, ready: Callable[[], bool]) -> Starlette
     )
 
 
-def metrics_response(registry: CollectorRegistry, accept: str) -> Response:
-    """The registry in the text format that the scraper asks for."""
-    encode, content_type = choose_encoder(accept)
-    return Response(encode(registry), headers={"content-type": content_type})
+def metrics_response(registry: CollectorRegistry) -> Response:
+    """The registry in Prometheus's plain text format, whatever the scraper would accept.
+
+    Asked for OpenMetrics as Prometheus 2 does, prometheus-client writes `vllm:name` as `vllm_name`.
+    """
+    headers = {"content-type": CONTENT_TYPE_PLAIN_0_0_4}
+    return Response(generate_latest(registry), headers=headers)
