@@ -177,11 +177,12 @@ class KeptChannel:
             channel = None
             try:
                 channel = await self._open_once()
-                failures = 0
                 await self._until_lost(channel)
+                failures = 0
+                _log.warning("bus.channel_lost", purpose=self._purpose, error=_end_of(channel))
             except (LineLost, TimeoutError) as error:
-                self._note(error)
                 failures += 1
+                self._note(error)
             finally:
                 self._ready.clear()
                 self._channel = None
@@ -222,7 +223,7 @@ class KeptChannel:
 
     def _note(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
-        _log.warning("bus.channel_lost", purpose=self._purpose, error=self._last_error)
+        _log.warning("bus.channel_not_opened", purpose=self._purpose, error=self._last_error)
         if isinstance(error.__cause__, ChannelPreconditionFailed) and not self._first.done():
             # Waiting does not help: the queue exists with other arguments.
             self._first.set_exception(
@@ -231,6 +232,15 @@ class KeptChannel:
                     "after an upgrade: stop all services, delete it, start them again"
                 )
             )
+
+
+def _end_of(channel: Channel) -> str:
+    """Why it ended, for the log."""
+    closing = channel.closing
+    if not closing.done():
+        return "its consumer was cancelled by the broker"
+    error = None if closing.cancelled() else closing.exception()
+    return str(error or "closed")
 
 
 async def _close_channel(channel: Channel) -> None:

@@ -101,7 +101,8 @@ class Publisher:
         try:
             await self._publish_once(address, body, properties, mandatory)
         except LineLost as error:
-            _log.warning("bus.publish_again", routing_key=address.routing_key, error=str(error))
+            # The loss itself is a warning of the channel's; this is one line per message.
+            _log.debug("bus.publish_again", routing_key=address.routing_key, error=str(error))
         else:
             return
         retrying = AsyncRetrying(wait=BACKOFF, retry=retry_if_exception_type(LineLost))
@@ -135,7 +136,7 @@ class Publisher:
             except DeliveryError as error:
                 raise BusFull(
                     f"the broker refused a message for {address.routing_key} at "
-                    f"{address.exchange}: a queue is at its length limit"
+                    f"{address.exchange}: a queue is at its length limit (or without a leader)"
                 ) from error
 
     async def _set_up(self, channel: Channel) -> None:

@@ -3,7 +3,7 @@
 Always set here, because defaults differ or are missing: the delivery limit, the dead-letter
 exchange, the overflow rule. Never used: x-max-priority on quorum queues, x-queue-mode, mirroring,
 global prefetch, transient queues that are not exclusive. Nor x-dead-letter-strategy=at-least-once:
-with it a quorum queue of 3.10.8 never finds its leader again after the broker was killed.
+it depends on feature flags and buys little, a dead letter is only there to be looked at.
 """
 
 from aiormq.abc import AbstractChannel

@@ -44,11 +44,12 @@ async def test_a_broker_out_of_memory_blocks_publishers_only(broker: Broker) -> 
 async def test_a_killed_broker_comes_back_and_nothing_is_lost(broker: Broker) -> None:
     async with RabbitPlace(broker.url) as place:
         sender, receiver = await place.bus(), await place.bus()
-        epoch = await sender.raise_epoch()
         work, orders, told = Inbox(), Inbox(), asyncio.Event()
         receiver.on_reconnect(told.set)
         await receiver.consume(SCHEDULER_QUEUE, work)
         await receiver.consume(worker_queue("w"), orders)
+        epoch = await sender.raise_epoch()
+        await asyncio.to_thread(broker.wait_until_written)
         confirmed: list[int] = []
 
         async def send(first: int) -> None:
