@@ -44,8 +44,7 @@ class SchedulerSettings(ServiceSettings):
     """Any other constant of the policies, by name; an unknown name lists them all."""
 
     journal: str = ""
-    """A file to record every event and decision in, for `tranche replay`. It holds prompts as
-    token ids."""
+    """A file to record every event and decision in; empty: none. It holds prompts as token ids."""
     journal_bytes_max: int = Field(default=1 << 30, ge=1)
     """Recording ends at this size."""
 

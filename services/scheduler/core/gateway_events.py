@@ -18,6 +18,9 @@ from shared.messages import (
     TokensWanted,
 )
 
+ATTEMPT_MAX = 1 << 48
+"""Far above any leader's; a number near the encoding's limit could not be raised."""
+
 
 def heard(books: Books, gateway: str, now: float) -> None:
     """It lives. If it had been given up, what it still has open is asked for again."""
@@ -47,6 +50,8 @@ def submit(books: Books, event: Submit, now: float) -> None:
 def resume(books: Books, event: Resume, now: float) -> None:
     """The truth about one request. Stale repeats are told by their attempt."""
     heard(books, event.spec.gateway, now)
+    if not 0 <= event.attempt < ATTEMPT_MAX or len(event.tokens) % tokens.TOKEN_BYTES:
+        return
     request = books.requests.of_gateway(event.spec.request_id, event.spec.gateway)
     if request is None:
         if not books.requests.known(event.spec.request_id):

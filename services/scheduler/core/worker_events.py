@@ -4,8 +4,8 @@ from services.scheduler.core import moves
 from services.scheduler.core.books import Books, Claim
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Batch, Worker
-from shared import tokens
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
+from shared.tokens import TOKEN_BYTES as TOKEN
 
 
 def slice_done(books: Books, event: SliceDone, now: float) -> None:
@@ -49,9 +49,9 @@ def _forget_adopted(worker: Worker | None, request: Request) -> None:
 
 
 def _take_result(books: Books, request: Request, result: SliceResult, now: float) -> None:
-    known, begin = request.tokens, result.position * tokens.TOKEN_BYTES
+    known, begin = request.tokens, result.position * TOKEN
     overlap = len(known) - begin
-    meets = begin >= 0 and 0 <= overlap <= len(result.tokens)
+    meets = begin >= 0 and 0 <= overlap <= len(result.tokens) and not len(result.tokens) % TOKEN
     if not meets or known[begin:] != result.tokens[:overlap]:
         # The slice and our copy do not meet: only the gateway knows what it has.
         moves.recall(books, request, now)
