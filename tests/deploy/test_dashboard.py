@@ -5,14 +5,9 @@ import functools
 import http.server
 import json
 import math
-import os
 import re
-import signal
-import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +17,11 @@ import pytest
 
 from deploy.grafana.build_dashboard import BOARD, OUTPUT, text
 from tests.deploy.prometheus import Prometheus, tool
+from tests.e2e.live_mesh import live_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).parent / "rabbitmq"
 """`metrics` there is what RabbitMQ's plugin said (/metrics/per-object) beside a mesh in compose."""
-START_TIMEOUT_S = 90.0
 SCRAPES = 4
 """Enough for a rate over a window that began before the load."""
 VARIABLES = {"$__rate_interval": "15s", "$__interval": "5s"}
@@ -56,31 +51,17 @@ VLLM_NAMES = (
 
 
 @pytest.fixture(scope="module")
-def mesh_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A mesh with two workers, as its user starts it, under a light load."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    log = tmp_path_factory.mktemp("mesh") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services", "serve", "--port", str(port), "--workers", "2"],
-            cwd=ROOT,
-            env=os.environ | {"TRANCHE_ESTIMATOR_DATABASE": ":memory:"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+def mesh_url() -> Iterator[str]:
+    """A mesh with two workers, under a light load."""
     stop = threading.Event()
-    load = threading.Thread(target=keep_asking, args=(url, stop))
-    try:
-        wait_until_ready(url, process, log)
+    with live_mesh(workers=2) as mesh:
+        load = threading.Thread(target=keep_asking, args=(mesh.url, stop))
         load.start()
-        yield url
-    finally:
-        stop.set()
-        if load.ident is not None:
+        try:
+            yield mesh.url
+        finally:
+            stop.set()
             load.join()
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -173,18 +154,6 @@ def keep_asking(url: str, stop: threading.Event) -> None:
             client.post("/v1/completions", json={"prompt": 1})
 
 
-def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until the mesh would serve a request."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/ready").status_code == httpx.codes.OK:
-                return
-        if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the mesh did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.05)
-
-
 @contextlib.contextmanager
 def recorded_broker() -> Iterator[str]:
     """Serves the recorded metrics; the address."""
@@ -204,9 +173,3 @@ def recorded_broker() -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
