@@ -24,9 +24,9 @@ class Command:
     load: Callable[[], Callable[..., None]]
 
 
-def main() -> None:
-    """The entry point of the console script."""
-    arguments = sys.argv[1:]
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of the console script. Ends the process, as commands do."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments[0] if arguments else "")(arguments, prog_name="tranche")
     except Exception as error:

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
 from services.estimator.settings import EstimatorSettings
 from services.gateway.settings import GatewaySettings
 from services.mesh_settings import MeshSettings
+from services.options import Settings, complaints
 from services.process import run_until_signalled, serve_one
 from services.scheduler.settings import SchedulerSettings
 from services.worker.settings import WorkerSettings
 from shared.config import ServiceSettings, SetupError
+from shared.telemetry.ops import listen
 
 READY_POLL_S = 0.05
 READY_TIMEOUT_S = 1.0
@@ -63,6 +66,7 @@ class Mesh:
 def run_mesh(settings: MeshSettings) -> None:
     """Serve until a signal. Raises SetupError, BusUnavailable, OSError."""
     mesh = plan(settings)
+    listen(mesh.gateway.host, mesh.gateway.port).close()  # better now than after loading models
     started = time.monotonic()
 
     def announce() -> None:
@@ -93,7 +97,7 @@ async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], Non
 def plan(settings: MeshSettings) -> Mesh:
     """The settings of all services: what `tranche serve` was told, then their own environment.
 
-    Raises SetupError and pydantic.ValidationError.
+    Raises SetupError.
     """
     told = settings.model_dump(include=settings.model_fields_set, exclude_none=True)
     common: dict[str, Any] = {
@@ -107,16 +111,29 @@ def plan(settings: MeshSettings) -> Mesh:
     if "TRANCHE_WORKER_TORCH_THREADS" not in os.environ:
         told["torch_threads"] = threads
     return Mesh(
-        estimator=EstimatorSettings.load(**common),
-        scheduler=SchedulerSettings.load(**common, **_some(told, "policy", "slice_tokens", "set")),
+        estimator=_load(EstimatorSettings, **common),
+        scheduler=_load(
+            SchedulerSettings, **common, **_some(told, "policy", "slice_tokens", "set")
+        ),
         workers=tuple(
-            WorkerSettings.load(
-                **common, **_some(told, "engine", "torch_threads"), model=model, name=f"worker-{n}"
+            _load(
+                WorkerSettings,
+                **common,
+                **_some(told, "engine", "torch_threads"),
+                model=model,
+                name=f"worker-{n}",
             )
             for n in range(1, settings.workers + 1)
         ),
-        gateway=GatewaySettings.load(**common, **_some(told, "host", "port"), model=model),
+        gateway=_load(GatewaySettings, **common, **_some(told, "host", "port"), model=model),
     )
+
+
+def _load(kind: type[Settings], **values: Any) -> Settings:
+    try:
+        return kind.load(**values)
+    except ValidationError as error:
+        raise SetupError(complaints(kind, error)) from error
 
 
 def checked_model(model: str) -> str:

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from shared.config import LogFormat, LogLevel, ServiceSettings, settings_config
+from shared.config import CommandSettings, LogFormat, LogLevel, settings_config
 
 DEMO_MODEL = Path(__file__).parents[1] / "deploy" / "demo_model"
 WORKERS_MAX = 64
 """More in one process and event loop would only wait for each other."""
 
 
-class MeshSettings(ServiceSettings):
+class MeshSettings(CommandSettings):
     """What `tranche serve` takes. A field that is None leaves the service's own setting alone."""
 
     service: ClassVar[str] = "serve"

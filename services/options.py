@@ -15,10 +15,10 @@ import typer
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from shared.config import PREFIX, ServiceSettings, UnknownSetting
+from shared.config import PREFIX, CommandSettings, UnknownSetting
 
 NAME_VALUE = "NAME=VALUE"
-Settings = TypeVar("Settings", bound=ServiceSettings)
+Settings = TypeVar("Settings", bound=CommandSettings)
 
 
 def command_of(
@@ -54,7 +54,21 @@ def load_settings(kind: type[Settings], given: dict[str, Any]) -> Settings:
     except UnknownSetting as error:
         raise typer.BadParameter(str(error)) from error
     except ValidationError as error:
-        raise typer.BadParameter("; ".join(_complaints(kind, error))) from error
+        raise typer.BadParameter(complaints(kind, error)) from error
+
+
+def complaints(kind: type[CommandSettings], error: ValidationError) -> str:
+    """What is wrong with the settings, in one line that names flags and variables."""
+    texts = []
+    for problem in error.errors(include_url=False, include_input=False):
+        path = [str(part) for part in problem["loc"]]
+        text = problem["msg"].removeprefix("Value error, ")
+        if path and path[0] in kind.model_fields:
+            where = f"{flag_of(path[0])} (or {variable_of(kind, path[0])})"
+            texts.append(": ".join([where, *path[1:], text]))
+        else:
+            texts.append(": ".join([".".join(path) or kind.service, text]))
+    return "; ".join(texts)
 
 
 def pairs(texts: Iterable[str]) -> dict[str, str]:
@@ -73,12 +87,12 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def variable_of(kind: type[ServiceSettings], name: str) -> str:
+def variable_of(kind: type[CommandSettings], name: str) -> str:
     """The environment variable of a field."""
     return f"{PREFIX}{kind.service}_{name}".upper()
 
 
-def _parameter(kind: type[ServiceSettings], name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(kind: type[CommandSettings], name: str, field: FieldInfo) -> inspect.Parameter:
     flag = flag_of(name)
     text = " ".join((field.description or "").split())
     help_text = f"{text} {_origin(kind, name, field)}".strip()
@@ -98,7 +112,7 @@ def _parameter(kind: type[ServiceSettings], name: str, field: FieldInfo) -> insp
     )
 
 
-def _origin(kind: type[ServiceSettings], name: str, field: FieldInfo) -> str:
+def _origin(kind: type[CommandSettings], name: str, field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if field.is_required():
         shown = "required"
@@ -127,13 +141,3 @@ def _metavar(field: FieldInfo) -> str:
         return "|".join(str(value) for value in typing.get_args(kind))
     names = {int: "INT", float: "NUMBER", Path: "PATH", SecretStr: "SECRET", str: "TEXT"}
     return names.get(kind, "TEXT")
-
-
-def _complaints(kind: type[ServiceSettings], error: ValidationError) -> Iterable[str]:
-    for problem in error.errors(include_url=False, include_input=False):
-        path = [str(part) for part in problem["loc"]]
-        if path and path[0] in kind.model_fields:
-            where = f"{flag_of(path[0])} (or {variable_of(kind, path[0])})"
-            yield f"{': '.join([where, *path[1:]])}: {problem['msg']}"
-        else:
-            yield f"{'.'.join(path) or kind.service}: {problem['msg']}"

@@ -15,13 +15,15 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from shared.bus.api import Bus
-from shared.config import ServiceSettings, SetupError
+from shared.config import ServiceSettings, SetupError, mask_url
 from shared.telemetry import setup
 from shared.telemetry.metered_bus import make_metered_bus
 from shared.telemetry.setup import Telemetry
 
 SERVICES = ("gateway", "scheduler", "estimator", "worker")
 HARD_EXIT_CODE = 130
+BUS_NOTICE_S = 3.0
+"""After so long without a broker the log says that we wait for it."""
 _importing = threading.Lock()
 """One at a time: large packages that import each other from two threads may see each other half
 made."""
@@ -77,7 +79,7 @@ async def serve_one(
     telemetry.log.info("settings", **settings.masked())
     try:
         serve = await asyncio.to_thread(serve_function, settings.service)
-        async with open_bus(settings, telemetry.registry, stop) as bus:
+        async with open_bus(settings, telemetry, stop) as bus:
             if not stop.is_set():
                 await serve(settings, bus, telemetry, stop)
         telemetry.log.info("stopped")
@@ -87,17 +89,23 @@ async def serve_one(
 
 @contextlib.asynccontextmanager
 async def open_bus(
-    settings: ServiceSettings, registry: CollectorRegistry, stop: asyncio.Event
+    settings: ServiceSettings, telemetry: Telemetry, stop: asyncio.Event
 ) -> AsyncIterator[Bus]:
     """A connected bus, closed at the end. Opening ends early when `stop` is set."""
     try:
-        bus = make_metered_bus(settings.bus, service=settings.service, registry=registry)
+        bus = make_metered_bus(settings.bus, service=settings.service, registry=telemetry.registry)
     except ValueError as error:
         raise SetupError(f"--bus: {error}") from error
     opening = asyncio.ensure_future(bus.open())
     stopping = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+        both = (opening, stopping)
+        done, _ = await asyncio.wait(
+            both, timeout=BUS_NOTICE_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            telemetry.log.warning("no broker yet", bus=mask_url(settings.bus))
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
         yield bus

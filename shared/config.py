@@ -23,14 +23,8 @@ class UnknownSetting(SetupError):
     """A TRANCHE_ variable of this service that no setting answers to."""
 
 
-class ServiceSettings(BaseSettings):
-    """The base of each service's settings. A subclass sets `service` and its env_prefix:
-
-    class GatewaySettings(ServiceSettings):
-        service = "gateway"
-        model_config = settings_config("gateway")
-        port: int = 8000
-    """
+class CommandSettings(BaseSettings):
+    """The settings that every command of a mesh has."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     service: ClassVar[str] = ""
@@ -41,10 +35,6 @@ class ServiceSettings(BaseSettings):
     """debug, info, warning or error; debug shows tracebacks."""
     log_format: LogFormat = "json"
     """json, or console for people."""
-    ops_host: str = "127.0.0.1"
-    """Where the operations port listens."""
-    ops_port: int = 0
-    """/health, /ready and /metrics of a service without REST; 0: none."""
     otlp_endpoint: str = ""
     """Base address of an OTLP/HTTP collector, such as http://jaeger:4318; empty: no traces."""
     trace_sample_ratio: float = 1.0
@@ -73,6 +63,21 @@ class ServiceSettings(BaseSettings):
             if isinstance(value, SecretStr):
                 shown[name] = "***"
         return shown
+
+
+class ServiceSettings(CommandSettings):
+    """The base of each service's settings. A subclass sets `service` and its env_prefix:
+
+    class GatewaySettings(ServiceSettings):
+        service = "gateway"
+        model_config = settings_config("gateway")
+        port: int = 8000
+    """
+
+    ops_host: str = "127.0.0.1"
+    """Where the operations port listens."""
+    ops_port: int = 0
+    """/health, /ready and /metrics of a service without REST; 0: none."""
 
 
 def settings_config(service: str) -> SettingsConfigDict:

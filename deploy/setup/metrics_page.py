@@ -4,17 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from services.scheduler.metrics import SchedulerMetrics
 
 from services.estimator.metrics import EstimatorMetrics
 from services.gateway.metrics import GatewayMetrics
+from services.scheduler.metrics import SchedulerMetrics
 from services.worker.metrics import WorkerMetrics
 from shared.telemetry.metered_bus import BusMetrics
 
 HEAD = """# Metrics
 
-Made from the code by `make docs`. Counters and histograms have Prometheus's usual suffixes. Beside
-these, every service reports its process (`process_*`, `python_*`).
+Made from the code by `make docs`. Histograms have Prometheus's usual suffixes. Beside these,
+every service reports its process (`process_*`, `python_*`).
 """
 CLASSES: dict[str, Callable[[CollectorRegistry], Any]] = {
     "Every service: its bus": BusMetrics,
@@ -36,7 +36,8 @@ def _section(title: str, kind: Callable[[CollectorRegistry], Any]) -> str:
         labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
         for family in collector.describe():
             meaning = " ".join(family.documentation.split())
-            rows.append(f"| `{family.name}` | {family.type} | {labels} | {meaning} |")
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            rows.append(f"| `{name}` | {family.type} | {labels} | {meaning} |")
     head = "| name | kind | labels | meaning |\n|---|---|---|---|"
     return "\n".join([f"## {title}", "", head, *sorted(rows), ""])
 

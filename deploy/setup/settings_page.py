@@ -3,7 +3,7 @@
 from services.mesh_settings import DEMO_MODEL, MeshSettings
 from services.options import flag_of, variable_of
 from services.process import SERVICES, settings_class
-from shared.config import ServiceSettings
+from shared.config import CommandSettings
 
 HEAD = """# Settings
 
@@ -18,7 +18,7 @@ def page() -> str:
     return "\n".join([HEAD, *sections])
 
 
-def _section(command: str, kind: type[ServiceSettings]) -> str:
+def _section(command: str, kind: type[CommandSettings]) -> str:
     rows = [
         f"| `{flag_of(name)}` | `{variable_of(kind, name)}` | {_shown(field.default)} "
         f"| {' '.join((field.description or '').split()).replace('|', chr(92) + '|')} |"

@@ -237,7 +237,7 @@ class Estimator:
             self._published_version = 0
             self._news.set()
             if not self._unheard:  # said once, counted always
-                self._log.warning("estimator.forecast_unheard", error=str(error))
+                self._log.info("estimator.forecast_unheard", error=str(error))
             self._unheard = True
             return
         self._metrics.forecasts.labels("sent").inc()

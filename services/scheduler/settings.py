@@ -22,8 +22,10 @@ class SchedulerSettings(ServiceSettings):
     less after a request's end; each pays for a prefill of all that went before."""
     batch_size: int = Field(default=12, ge=1)
     """N of the presets with a fixed batch size: sls, so, pm."""
-    interval_share: float = Field(default=0.5, ge=0)
-    """lambda of scls: the next round comes after this share of the least loaded worker's work."""
+    interval_share: float = Field(default=0.9, ge=0)
+    """lambda of scls: the next round comes after this share of the least loaded worker's work.
+    The paper's is taken to be 0.5; orders reach a worker here in milliseconds, so a later round
+    idles nobody and joins more requests in a batch."""
     interval_floor_s: float = Field(default=0.003, ge=0)
     """Gamma of scls: the shortest interval between rounds. With a few milliseconds an idle mesh
     answers at once, and the interval follows the fitted slice time when it is busy."""
