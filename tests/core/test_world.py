@@ -15,7 +15,7 @@ LIVE = Constants(
     gather_s=0.003,
     spread_batches=True,
     round_on_idle=True,
-    overdue_s=20.0,
+    overdue_s=8.0,
 )
 
 
