@@ -39,6 +39,7 @@ from shared.telemetry.setup import Telemetry
 from shared.telemetry.tracing import traceparent_of
 
 MILLISECONDS_DIGITS_MAX = 9
+PATH_SHOWN_MAX = 200
 ID_PREFIXES: dict[Endpoint, str] = {"completions": "cmpl-", "chat": "chatcmpl-"}
 
 
@@ -114,7 +115,7 @@ class Api:
             )
             self.admission.enter(call, wishes)
         except ApiError as error:
-            close_root(span, call, error.status, time.time())
+            close_root(span, call, error.status, received_s, time.time())
             raise
         self.metrics.accepted(call, body.n)
         self.metrics.open_streams.inc(int(body.stream))
@@ -124,7 +125,9 @@ class Api:
             self.link,
             stream=body.stream,
             keepalive_s=self.settings.keepalive_s,
-            on_end=lambda call, status: self._ended(call, status, span, stream=body.stream),
+            on_end=lambda call, status: self._ended(
+                call, status, span, received_s, stream=body.stream
+            ),
         )
 
     async def _prompts(self, body: CompletionRequest | ChatRequest) -> list[Prompt]:
@@ -157,7 +160,9 @@ class Api:
             expires_at=received_at + life_s,
         )
 
-    def _ended(self, call: Call, status: int, span: Span, *, stream: bool) -> None:
+    def _ended(
+        self, call: Call, status: int, span: Span, received_s: float, *, stream: bool
+    ) -> None:
         self.admission.leave(call)
         self.metrics.open_streams.dec(int(stream))
         if status == 499:
@@ -169,7 +174,8 @@ class Api:
             else:
                 reason = choice.transcript.finish_reason or "cancelled"
             self.metrics.ended(call, choice, reason)
-        close_root(span, call, status, time.time())
+        self.metrics.alias.call_ended(call)
+        close_root(span, call, status, received_s, time.time())
         self.telemetry.log.info(
             "request",
             request_id=call.call_id,
@@ -283,12 +289,14 @@ def _handle_errors(app: FastAPI, metrics: GatewayMetrics) -> None:
         headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
         return error_response(error, headers)
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         codes = {404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "http_error")
         metrics.errors.labels(code).inc()
-        plain = ApiError(error.status_code, f"{error.detail}.", code=code)
+        asked = f"{request.method} {request.url.path[:PATH_SHOWN_MAX]}"
+        message = f"{error.detail}: {asked}; /openapi.json lists what is here."
+        plain = ApiError(error.status_code, message, code=code)
         return error_response(plain, dict(error.headers or {}))
 
     async def on_disconnect(_: Request, error: Exception) -> Response:

@@ -105,6 +105,12 @@ class MeshLink:
                 self._forget(choice, None)
                 self._send(self._ledger.cancel(choice.spec.request_id))
 
+    def abandon(self) -> None:
+        """The drain is over: what is still open ends with an error."""
+        for request_id in tuple(self._open):
+            self._fail(request_id, unavailable("This gateway is shutting down. Try again."))
+            self._send(self._ledger.cancel(request_id))
+
     # ---------------------------------------------------------------------------- for the mesh
 
     async def run(self, stop: asyncio.Event) -> None:

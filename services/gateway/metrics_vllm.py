@@ -71,6 +71,11 @@ class VllmAliases:
         self._between_tokens.labels(model, ENGINE).observe(gap_s)
         self._per_token_old.labels(model, ENGINE).observe(gap_s)
 
+    def call_ended(self, call: Call) -> None:
+        """All choices of a call ended."""
+        longest = max(choice.transcript.output_tokens for choice in call.choices)
+        self._output_longest.labels(call.model, ENGINE).observe(longest)
+
     def ended(
         self, call: Call, choice: Choice, reason: str, request_s: float, per_token_s: float | None
     ) -> None:
@@ -80,8 +85,5 @@ class VllmAliases:
         self._request.labels(*labels).observe(request_s)
         self._prompt_length.labels(*labels).observe(len(choice.prompt.ids))
         self._output_length.labels(*labels).observe(choice.transcript.output_tokens)
-        if call.finished:
-            longest = max(c.transcript.output_tokens for c in call.choices)
-            self._output_longest.labels(*labels).observe(longest)
         if per_token_s is not None:
             self._per_token.labels(*labels).observe(per_token_s)

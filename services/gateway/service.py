@@ -20,8 +20,10 @@ from shared.telemetry.setup import Telemetry
 
 HEADER_BYTES_MAX = 65_536
 """Of one request; uvicorn answers 400 beyond."""
-CONNECTIONS_PER_REQUEST = 2
-"""Connections beyond the open requests that may be idle or busy with short questions."""
+CONNECTIONS_PER_REQUEST = 4
+CONNECTIONS_BESIDE = 256
+"""Connections beyond the open requests: idle ones, probes, scrapes, refusals. Beyond them uvicorn
+answers a plain 503 without our headers, so this limit is far above the one of open requests."""
 LAST_WORDS_S = 3
 """After the drain, cut streams get so long to take their last event."""
 DRAIN_POLL_S = 0.05
@@ -67,6 +69,7 @@ async def _serve_app(
             await stop.wait()
             admission.draining = True
             await _drain(admission, settings.drain_s)
+            link.abandon()
             http_over.set()
             await serving
             link_over.set()
@@ -90,7 +93,7 @@ def _uvicorn_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         date_header=True,
         h11_max_incomplete_event_size=HEADER_BYTES_MAX,
-        limit_concurrency=settings.open_requests_max * CONNECTIONS_PER_REQUEST,
+        limit_concurrency=settings.open_requests_max * CONNECTIONS_PER_REQUEST + CONNECTIONS_BESIDE,
         timeout_keep_alive=settings.keep_alive_connection_s,
         timeout_graceful_shutdown=LAST_WORDS_S,
     )

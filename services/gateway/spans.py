@@ -9,6 +9,7 @@ from services.gateway.requests import ChatRequest, CompletionRequest
 from shared.telemetry.tracing import close_span, open_span
 
 OPERATIONS: dict[Endpoint, str] = {"completions": "text_completion", "chat": "chat"}
+NANOSECONDS = 1_000_000_000
 PATHS: dict[Endpoint, str] = {
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
@@ -51,8 +52,8 @@ def open_root(
     )
 
 
-def close_root(span: Span, call: Call, status: int, end_s: float) -> None:
-    """The answer is over; `end_s` is wall-clock seconds."""
+def close_root(span: Span, call: Call, status: int, start_s: float, end_s: float) -> None:
+    """The answer is over; `start_s` and `end_s` are wall-clock seconds."""
     if not span.is_recording():
         return
     span.set_attribute("http.response.status_code", status)
@@ -70,6 +71,7 @@ def close_root(span: Span, call: Call, status: int, end_s: float) -> None:
     if firsts:
         first_s = min(firsts) - call.received_at
         span.set_attribute("gen_ai.response.time_to_first_chunk", first_s)
+        span.add_event("first token", timestamp=int((start_s + first_s) * NANOSECONDS))
     error = call.error
     if error is not None:
         span.set_attribute("error.type", error.code)

@@ -62,7 +62,7 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def staged(**changes: object) -> AsyncIterator[Stage]:
+async def staged(telemetry: Telemetry | None = None, **changes: object) -> AsyncIterator[Stage]:
     """A gateway and a scripted mesh on a memory broker of their own."""
     broker = MemoryBroker()
     gateway_bus, mesh_bus = MemoryBus(broker), MemoryBus(broker)
@@ -70,7 +70,7 @@ async def staged(**changes: object) -> AsyncIterator[Stage]:
     await mesh_bus.open()
     usual = {"port": free_port(), "model": str(DEMO_MODEL), "drain_s": 5.0, "log_level": "error"}
     settings = GatewaySettings.model_validate(usual | changes)
-    telemetry = start(settings, "gateway-test")
+    telemetry = telemetry or start(settings, "gateway-test")
     stop = asyncio.Event()
     url = f"http://127.0.0.1:{settings.port}"
     async with (

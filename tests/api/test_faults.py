@@ -366,6 +366,23 @@ async def test_a_stop_finishes_open_answers_and_refuses_new_ones() -> None:
             await stage.client.get("/ready")
 
 
+async def test_what_outlives_the_drain_ends_with_an_error() -> None:
+    async with staged(drain_s=0.1) as stage:
+        stage.mesh.plan = endless
+        streaming = asyncio.create_task(stage.complete(stream=True, max_tokens=20))
+        asking = asyncio.create_task(stage.complete(max_tokens=20))
+        await stage.mesh.until_heard(Submit, 2)
+        async with asyncio.timeout(10):
+            while stage.metric("tranche_gateway_output_tokens_total", tenant="default") < 6:
+                await asyncio.sleep(0.01)
+        stage.stop.set()
+        assert events_of((await streaming).text)[-1]["error"]["code"] == "unavailable"
+        answer = await asking
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert len(await stage.mesh.until_heard(Cancel, 2)) == 2
+
+
 async def test_the_last_beat_says_that_the_gateway_leaves() -> None:
     beats: list[GatewayBeat] = []
     async with staged() as stage:

@@ -1,0 +1,218 @@
+"""Limits, keys and tenants."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.gateway.keys import make_key, read_keys
+from services.gateway.service import serve
+from services.gateway.settings import GatewaySettings
+from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.config import SetupError
+from shared.messages import RequestSpec, SchedulerBeat, Submit
+from shared.telemetry.setup import start
+from tests.api.conftest import DEMO_MODEL, Stage, free_port, staged
+from tests.api.fake_mesh import Saying, batch, faithful
+
+
+def never(spec: RequestSpec) -> list[Saying]:
+    return []
+
+
+@contextlib.asynccontextmanager
+async def held(stage: Stage, count: int, **body: object) -> AsyncIterator[None]:
+    """So many open requests inside; they are answered afterwards."""
+    stage.mesh.plan = never
+    asking = [asyncio.create_task(stage.complete(**body)) for _ in range(count)]
+    await stage.mesh.until_heard(Submit, count)
+    stage.mesh.plan = faithful
+    yield
+    for spec in list(stage.mesh.specs.values()):
+        for message in faithful(spec):
+            await stage.mesh.say(message)
+    assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+
+
+async def test_open_requests_are_limited_and_counted_by_choice() -> None:
+    async with staged(open_requests_max=4) as stage:
+        async with held(stage, 3):
+            answer = await stage.complete(n=2)
+            assert answer.status_code == 429
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert int(answer.headers["retry-after-ms"]) >= 1
+            assert (await stage.complete(n=1)).status_code == 200
+        assert (await stage.complete(n=4)).status_code == 200
+        assert stage.metric("tranche_gateway_open_requests") == 0
+
+
+async def test_retry_after_is_the_predicted_wait() -> None:
+    async with staged(open_requests_max=1) as stage:
+        stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, predicted_wait_s=12.3)
+        await asyncio.sleep(0.5)
+        async with held(stage, 1):
+            answer = await stage.complete()
+            assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == (
+                "13",
+                "12300",
+            )
+
+
+async def test_a_wait_too_long_is_refused_at_once() -> None:
+    async with staged(wait_max_s=5.0) as stage:
+        stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, predicted_wait_s=6.0)
+        async with asyncio.timeout(10):
+            while (await stage.complete()).status_code != 429:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_first_token_that_cannot_be_in_time_is_refused_at_once(stage: Stage) -> None:
+    stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, predicted_wait_s=6.0)
+    body = {"model": "demo_model", "prompt": "x"}
+    headers = {"x-tranche-ttft-ms": "5000"}
+    async with asyncio.timeout(10):
+        while True:
+            answer = await stage.client.post("/v1/completions", json=body, headers=headers)
+            if answer.status_code == 429:
+                break
+            await asyncio.sleep(0.05)
+    assert "5000 ms" in answer.json()["error"]["message"]
+    headers = {"x-tranche-ttft-ms": "7000"}
+    answer = await stage.client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 200
+    assert list(stage.mesh.specs.values())[-1].ttft_deadline_ms == 7000
+
+
+async def test_the_workers_context_counts_too(stage: Stage) -> None:
+    stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, context_tokens_max=64)
+    async with asyncio.timeout(10):
+        while (await stage.complete(max_tokens=100)).status_code != 400:
+            await asyncio.sleep(0.05)
+    answer = await stage.complete(max_tokens=100)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    body = {"model": "demo_model", "messages": [{"role": "user", "content": "x"}]}
+    assert (await stage.client.post("/v1/chat/completions", json=body)).status_code == 200
+    spec = list(stage.mesh.specs.values())[-1]
+    assert spec.max_tokens + len(spec.prompt) // 4 == 64
+
+
+# ----------------------------------------------------------------------------------------- keys
+
+
+async def test_keys_and_tenants(tmp_path: Path) -> None:
+    (alice, alice_line), (bob, bob_line) = make_key("alice"), make_key("bob")
+    file = tmp_path / "keys"
+    file.write_text(f"# our keys\n{alice_line}\n\n{bob_line}  # the second\n")
+    async with staged(api_keys_file=str(file), tenant_requests_max=1) as stage:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {bob}"}):
+            for answer in (
+                await stage.client.get("/v1/models", headers=headers),
+                await stage.client.post("/v1/completions", content=b"{", headers=headers),
+            ):
+                assert answer.status_code == 401
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await stage.client.get("/health")).status_code == 200
+        stage.client.headers["authorization"] = f"Bearer {alice}"
+        async with held(stage, 1):
+            assert (await stage.complete()).status_code == 429, "one open request for each tenant"
+            stage.client.headers["authorization"] = f"Bearer {bob}"
+            assert (await stage.complete()).status_code == 200
+        assert [spec.tenant for spec in stage.mesh.specs.values()] == ["alice", "bob"]
+
+
+def test_key_files(tmp_path: Path) -> None:
+    key, line = make_key("team-1")
+    assert key not in line
+    assert key.startswith("sk-tranche-")
+    good = tmp_path / "good"
+    good.write_text(line)
+    ring = read_keys(str(good))
+    assert ring is not None
+    assert ring.tenant_of(key) == "team-1"
+    assert ring.tenant_of(key + "x") is None
+    assert read_keys("") is None
+    for content in ("", "# nothing\n", "team\n", f"team {key}\n", f"bad/tenant {line.split()[1]}"):
+        bad = tmp_path / "bad"
+        bad.write_text(content)
+        with pytest.raises(SetupError):
+            read_keys(str(bad))
+    with pytest.raises(SetupError):
+        read_keys(str(tmp_path / "missing"))
+    with pytest.raises(SetupError):
+        make_key("two words")
+
+
+# ---------------------------------------------------------------------------------------- setup
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model": ""}, "--model"),
+        ({"model": "/nowhere/at/all"}, "tokenizer"),
+        ({"api_keys_file": "/nowhere"}, "key file"),
+    ],
+)
+async def test_a_wrong_setup_is_told(changes: dict[str, str], part: str) -> None:
+    settings = GatewaySettings.model_validate(
+        {"port": free_port(), "model": str(DEMO_MODEL), **changes}
+    )
+    bus = MemoryBus(MemoryBroker())
+    await bus.open()
+    with pytest.raises(SetupError, match=part):
+        await serve(settings, bus, start(settings, "gateway-x"), asyncio.Event())
+    await bus.close()
+
+
+async def test_two_gateways_side_by_side() -> None:
+    """Each hears its own tokens only."""
+    async with staged() as stage:
+        settings = stage.settings.model_copy(update={"port": free_port()})
+        second_bus = MemoryBus(stage.mesh.bus.broker)
+        await second_bus.open()
+        stop = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(serve(settings, second_bus, start(settings, "gateway-2"), stop))
+            url = f"http://127.0.0.1:{settings.port}"
+            async with httpx.AsyncClient(base_url=url) as second:
+                async with asyncio.timeout(20):
+                    while True:
+                        with contextlib.suppress(httpx.TransportError):
+                            if (await second.get("/ready")).status_code == 200:
+                                break
+                        await asyncio.sleep(0.02)
+                body = {"model": "demo_model", "prompt": "ROMEO:", "seed": 4}
+                answers = await asyncio.gather(
+                    *(
+                        client.post("/v1/completions", json=body)
+                        for client in (stage.client, second) * 5
+                    )
+                )
+            stop.set()
+        await second_bus.close()
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    assert {spec.gateway for spec in stage.mesh.specs.values()} == {"gateway-test", "gateway-2"}
+
+
+async def test_a_stranger_s_tokens_are_ignored(stage: Stage) -> None:
+    stage.mesh.plan = never
+    asking = asyncio.create_task(stage.complete(seed=1))
+    (submit,) = await stage.mesh.until_heard(Submit)
+    assert isinstance(submit, Submit)
+    other = RequestSpec(
+        request_id="other",
+        parent_id="other",
+        gateway=submit.spec.gateway,
+        model="m",
+        prompt=submit.spec.prompt,
+        max_tokens=5,
+    )
+    for message in (*faithful(other), *faithful(submit.spec)):
+        await stage.mesh.say(message)
+    assert (await asking).status_code == 200
+    assert batch(other)
