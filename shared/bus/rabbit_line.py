@@ -131,18 +131,23 @@ class KeptChannel:
         self._channel: Channel | None = None
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_error = "no connection"
+        self._closed = False
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_ready(self) -> bool:
         """False while the channel is lost."""
-        return self._ready.is_set()
+        return self._channel is not None
 
     async def channel(self) -> Channel:
-        """The channel, once it is there; it may be lost again at any time."""
-        await self._ready.wait()
-        assert self._channel is not None
-        return self._channel
+        """The channel, once it is there; it may be lost again at any time. Raises BusUnavailable
+        if it was closed."""
+        while True:
+            await self._ready.wait()
+            if self._channel is not None:
+                return self._channel
+            if self._closed:
+                raise BusUnavailable(f"{self._purpose}: the bus was closed")
 
     async def open(self, deadline_s: float) -> None:
         """Returns when it is set up. Raises BusUnavailable; it is closed then."""
@@ -165,11 +170,13 @@ class KeptChannel:
 
     async def close(self) -> None:
         """Close the channel: what it had not settled goes back to its queue."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
         self._first.cancel()
+        self._ready.set()  # who waits for a channel is told
 
     async def _keep(self) -> None:
         failures = 0

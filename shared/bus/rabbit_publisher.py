@@ -27,7 +27,7 @@ IN_FLIGHT_MAX = 256
 after a loss."""
 UNDRAINED_BYTES_MAX = 64 * 1024
 """Larger bodies wait until the socket took them, so that what is in flight stays below 16 MiB."""
-FLUSH_TIMEOUT_S = 5.0
+FLUSH_TIMEOUT_S = 3.0
 """How long closing waits for confirms."""
 
 

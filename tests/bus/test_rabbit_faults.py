@@ -164,12 +164,19 @@ async def test_a_cancelled_publisher_stays_cancelled(line: Line, far: RabbitPlac
     await bus.publish(KEY, numbered(2))
 
 
-async def test_closing_without_a_broker_ends(line: Line, far: RabbitPlace) -> None:
+async def test_closing_without_a_broker_ends_and_tells_who_still_publishes(
+    line: Line, far: RabbitPlace
+) -> None:
     bus = await far.bus()
     await bus.consume(DURABLE, Inbox())
+    await bus.publish(KEY, numbered(1))
     line.stall()
-    async with asyncio.timeout(15):
+    publishing = asyncio.create_task(bus.publish(KEY, numbered(2)))
+    async with asyncio.timeout(20):
+        await asyncio.sleep(0)
         await bus.close()
+        with pytest.raises(BusUnavailable):
+            await publishing
     line.flow()
 
 
