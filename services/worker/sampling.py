@@ -11,6 +11,7 @@ of the vocabulary, summed in float64: batch mates and slices cannot change it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,6 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this choose the most likely token."""
 LOGPROB_MIN = -9999.0
 """Stands for minus infinity, which JSON does not know; the value that OpenAI uses."""
-TOP_P_LOOKS = (128, 1024)
-"""So many most likely tokens are sorted for top-p first; all only if these hold too little. On a
-CPU core 128 of 32,000 take 0.06 ms per row, all take 2 ms."""
 _MASK = (1 << 64) - 1
 _FORBIDDEN = float("-inf")
 
@@ -104,8 +102,7 @@ class BatchSampler:
         return Chosen(chosen, ids, logprobs)
 
     def _draw(self, scores: Tensor) -> Tensor:
-        probabilities = self._truncation.apply(scores)
-        edges = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        edges = self._truncation.edges(scores)
         draws = [
             uniform(self._rows[i].sampling.seed, self._rows[i].choice, self._positions[i])
             for i in self._drawn
@@ -149,7 +146,11 @@ def describe_logprobs(
 
 
 class _Truncation:
-    """Temperature, min-p, top-k and top-p of the drawn rows."""
+    """Temperature, min-p, top-k and top-p of the drawn rows.
+
+    It works in tables of its own: on a CPU fresh ones of this size would cost more in page faults
+    than the arithmetic does.
+    """
 
     def __init__(self, rows: Sequence[Sampling], vocabulary: int, device: torch.device) -> None:
         def column(values: list[float]) -> Tensor:
@@ -159,44 +160,47 @@ class _Truncation:
         self._min_p = column([row.min_p for row in rows])
         self._top_p = column([row.top_p for row in rows])
         limits = [row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows]
-        self._top_k_max = max((k for k in limits if k < vocabulary), default=0)
-        self._limited = torch.tensor([[k < vocabulary] for k in limits], device=device)
-        last = [[min(k, self._top_k_max or 1) - 1] for k in limits]
-        self._top_k_last = torch.tensor(last, device=device)
+        self._top_k_last = torch.tensor([[k - 1] for k in limits], device=device)
         self._any_min_p = any(row.min_p > 0 for row in rows)
+        self._any_top_k = any(k < vocabulary for k in limits)
         self._any_top_p = any(row.top_p < 1 for row in rows)
+        size = (len(rows), vocabulary)
+        self._scaled = torch.empty(size, device=device)
+        self._chances = torch.empty(size, device=device)
+        self._edges = torch.empty(size, dtype=torch.float64, device=device)
 
-    def apply(self, scores: Tensor) -> Tensor:
-        """Probabilities [rows, vocabulary]; 0 for what is cut off. They sum to 1 per row."""
-        scaled = scores / self._temperature
+    def edges(self, scores: Tensor) -> Tensor:
+        """Where each token's share of the draws ends: running sums [rows, vocabulary] of what is
+        left of the probabilities. The table is overwritten by the next call."""
+        scaled = torch.div(scores, self._temperature, out=self._scaled)
         if self._any_min_p:
-            probabilities = scaled.softmax(dim=-1)
-            least = probabilities.amax(dim=-1, keepdim=True) * self._min_p
-            scaled = scaled.masked_fill(probabilities < least, _FORBIDDEN)
-        if self._top_k_max:
-            best = scaled.topk(self._top_k_max, dim=-1).values
-            least = best.gather(1, self._top_k_last)
-            scaled = scaled.masked_fill((scaled < least) & self._limited, _FORBIDDEN)
-        probabilities = scaled.softmax(dim=-1)
+            chances = torch.softmax(scaled, dim=-1, out=self._chances)
+            least = chances.amax(dim=-1, keepdim=True) * self._min_p
+            scaled.masked_fill_(chances < least, _FORBIDDEN)
+        if self._any_top_k:
+            least = _descending(scaled).gather(1, self._top_k_last)
+            scaled.masked_fill_(scaled < least, _FORBIDDEN)
+        chances = torch.softmax(scaled, dim=-1, out=self._chances)
         if self._any_top_p:
-            least = self._nucleus_edge(probabilities)
-            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        return probabilities
+            chances.masked_fill_(chances < self._nucleus_edge(chances), 0.0)
+        return torch.cumsum(chances, dim=-1, dtype=torch.float64, out=self._edges)
 
-    def _nucleus_edge(self, probabilities: Tensor) -> Tensor:
+    def _nucleus_edge(self, chances: Tensor) -> Tensor:
         """The least probability in the smallest set that holds top-p. Equal ones all stay."""
-        vocabulary = probabilities.shape[1]
-        for look in (*TOP_P_LOOKS, vocabulary):
-            if look < vocabulary:
-                best = probabilities.topk(look, dim=-1).values
-            else:
-                best = probabilities.sort(dim=-1, descending=True).values
-            held = best.cumsum(dim=-1, dtype=torch.float64)
-            if look >= vocabulary or bool((held[:, -1:] >= self._top_p).all()):
-                break
+        best = _descending(chances)
+        held = torch.cumsum(best, dim=-1, dtype=torch.float64, out=self._edges)
         edge = (held < self._top_p).sum(dim=-1, keepdim=True).clamp(max=best.shape[1] - 1)
         return torch.where(self._top_p < 1, best.gather(1, edge), 0.0)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Each row sorted, the largest first. NumPy's vectorised sort takes 0.07 ms for 32,000 float32
+    on a core with AVX2, PyTorch's 2 ms."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    turned = np.negative(values.numpy())
+    turned.sort(axis=-1)
+    return torch.from_numpy(np.negative(turned, out=turned))
 
 
 class _LogitEdits:
