@@ -114,12 +114,15 @@ async def _exists(connection: Connection) -> bool:
 async def _take_all(queue: AbstractQueue) -> list[tuple[int, AbstractIncomingMessage]]:
     """Everything that is ready, as numbers; what is no number becomes a dead letter."""
     held: list[tuple[int, AbstractIncomingMessage]] = []
+    rubbish = 0
     while (message := await queue.get(fail=False, timeout=ATTEMPT_TIMEOUT_S)) is not None:
         if message.body.isdigit() and len(message.body) <= 18:
             held.append((int(message.body), message))
         else:
-            _log.warning("bus.epoch_rubbish", size=len(message.body))
+            rubbish += 1
             await message.reject(requeue=False)
+    if rubbish:
+        _log.warning("bus.epoch_rubbish", messages=rubbish, queue=EPOCH_QUEUE)
     return held
 
 
