@@ -1,5 +1,7 @@
 """The core at its seam: lost workers, lost tokens, lost leaders."""
 
+import pytest
+
 from services.scheduler.core.settings import Constants
 from shared import tokens
 from shared.messages import (
@@ -16,7 +18,9 @@ from shared.messages import (
     SliceDone,
     SliceOrder,
     SliceResult,
+    SliceTimings,
     TokensWanted,
+    WorkerMemory,
 )
 from tests.core.seam import PROMPT, Bench, done, finished, new, spec_of, submit
 
@@ -186,6 +190,40 @@ def test_a_worker_that_never_answers_is_asked_three_times() -> None:
     event = TokensWanted(gateway="g1", request_id="r1", attempt=1, position=0)
     kinds = [type(command).__name__ for _ in range(4) for command in bench.say(event)]
     assert kinds == ["SendTokens"] * 3 + ["Drop", "Recall"]
+
+
+def no_tokens(worker: str, attempt: int, position: int) -> SliceDone:
+    """A worker's answer to SendTokens when it has none."""
+    return SliceDone(
+        epoch=1,
+        worker=worker,
+        batch_id="",
+        form="closed",
+        results=(SliceResult(request_id="r1", attempt=attempt, position=position),),
+        timings=SliceTimings(),
+        memory=WorkerMemory(kv_tokens_capacity=2000),
+        refused="unknown request",
+    )
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_tokens_that_nobody_has_any_more_are_recalled(ended: bool) -> None:
+    bench = Bench()
+    bench.join()
+    bench.say(done(bench.run_one(), finish="stop" if ended else None))
+    assert bench.say(no_tokens("w1", 9, 5)) == []
+    said = bench.say(no_tokens("w1", 1, 5))
+    assert said[-1] == Recall(epoch=1, gateway="g1", request_id="r1", attempt=1 if ended else 2)
+    assert bench.say(no_tokens("w1", 1, 5)) == []
+
+
+def test_an_order_that_its_worker_does_not_know_was_lost() -> None:
+    bench = Bench()
+    bench.join()
+    bench.run_one()
+    _drop, recall = bench.say(no_tokens("w1", 1, 0))
+    assert recall == Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)
+    assert bench.core.books.workers.active["w1"].load_s == 0.0
 
 
 def test_silence_in_the_queue_is_no_reason_to_recall() -> None:

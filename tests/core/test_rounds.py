@@ -80,3 +80,31 @@ def test_the_table_is_drawn() -> None:
     assert picture.startswith("stateDiagram-v2\n    new --> collecting: collect\n")
     assert picture.count("-->") == len(TRANSITIONS)
     assert {source for source, _ in TRANSITIONS} == set(State)
+
+
+def test_a_worker_is_never_given_more_batches_than_it_takes() -> None:
+    constants = Constants(
+        slice_tokens=16, waiting_max=1000, interval_floor_s=0.003, gather_s=0.003, batches_max=3
+    )
+    bench = Bench("scls", constants)
+    bench.join(batch_size_max=2)
+    for number in range(20):
+        assert bench.say(submit(f"r{number}")) == []
+    runs = [command for command in bench.after(0.5) if isinstance(command, RunSlice)]
+    assert [len(run.orders) for run in runs] == [2, 2, 2]
+    assert len(bench.core.books.requests.pool) == 14
+    said = bench.say(done(runs[0])) + bench.after(0.2)
+    assert [type(command) for command in said] == [RunSlice]
+
+
+def test_a_draining_worker_s_refusals_are_not_the_request_s_fault() -> None:
+    bench = Bench()
+    bench.join()
+    run = bench.run_one()
+    for _ in range(20):
+        assert bench.say(done(run, refused="queue full")) == []
+        bench.join()
+        bench.say(GatewayBeat(gateway="g1"))
+        (again,) = bench.after(0.6)
+        assert isinstance(again, RunSlice)
+        run = again

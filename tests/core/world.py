@@ -436,12 +436,27 @@ class FakeWorker:
         self.world.net.carry(batch, gateway.receive)
 
     def _send_again(self, message: SendTokens) -> None:
+        key = (message.request_id, message.attempt)
+        held = any(
+            (order.spec.request_id, order.attempt) == key
+            for batch in self.queue
+            for order in batch.orders
+        )
+        if key not in self.kept and not held:
+            self._say_unknown(message)
         for (request_id, attempt), kept in self.kept.items():
             if request_id == message.request_id and attempt >= message.attempt:
                 spec = self.world.spec_of(request_id)
                 position = max(message.position, kept.position)
                 if spec is not None and position <= kept.position + len(kept.ids):
                     self._stream(spec, attempt, kept, position)
+
+    def _say_unknown(self, message: SendTokens) -> None:
+        result = SliceResult(
+            request_id=message.request_id, attempt=message.attempt, position=message.position
+        )
+        empty = RunSlice(epoch=self.epoch, worker=self.boot, batch_id="", form="closed", orders=())
+        self._answer(empty, (result,), refused="unknown request")
 
     def _end(self, batch: RunSlice) -> None:
         if not self.alive:

@@ -86,6 +86,6 @@ def new_books(preset: Preset, constants: Constants) -> Books:
         preset=preset,
         constants=constants,
         requests=Requests(done_max=constants.done_max, done_ttl_s=constants.done_ttl_s),
-        workers=Workers(lost_max=constants.lost_workers_max),
+        workers=Workers(lost_max=constants.lost_workers_max, batches_max=constants.batches_max),
         costs=CostFit(),
     )

@@ -24,7 +24,7 @@ def next_round_at(books: Books, now: float) -> float | None:
         return None
     usable = books.workers.usable(books.preset.form, now)
     if not usable:
-        return _cooled_at(books)
+        return _cooled_at(books, now)
     clock = Clock(
         gathered_at=books.rounds.gathered_at,
         last_round_at=books.rounds.last_at,
@@ -35,12 +35,12 @@ def next_round_at(books: Books, now: float) -> float | None:
     return None if at is None else max(at, books.rounds.not_before)
 
 
-def _cooled_at(books: Books) -> float | None:
-    """When the first worker that refused a batch may have another."""
+def _cooled_at(books: Books, now: float) -> float | None:
+    """When the first worker that refused a batch may have another; None if none is resting."""
     form = books.preset.form
     workers = books.workers.active.values()
-    resting = [w.cool_until for w in workers if form in w.info.forms and not w.draining]
-    return min(resting, default=None)
+    able = [w for w in workers if form in w.info.forms and not w.draining]
+    return min((w.cool_until for w in able if w.cool_until > now), default=None)
 
 
 def make_round(books: Books, now: float) -> None:
@@ -118,13 +118,15 @@ def _offload(
     offload = OFFLOADINGS[books.preset.offloading]
     turn = books.rounds.turn % len(targets)
     assignment = offload(estimates, allowed, loads, turn)
+    most = 1 if PACINGS[books.preset.pacing].idle_workers_only else books.constants.batches_max
+    placed = 0
     for batch, target in assignment:
         worker = targets[target]
-        if PACINGS[books.preset.pacing].idle_workers_only and not worker.idle:
-            continue
-        _dispatch(books, batches[batch], worker, needs[batch].iterations, estimates[batch], now)
-        books.rounds.turn = target + 1
-    return len(assignment)
+        if len(worker.batches) < most:
+            _dispatch(books, batches[batch], worker, needs[batch].iterations, estimates[batch], now)
+            books.rounds.turn = target + 1
+            placed += 1
+    return placed
 
 
 def _placeable(

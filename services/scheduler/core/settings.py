@@ -45,6 +45,9 @@ class Constants:
     waiting_max: int = 4096
     """Requests beyond those in running batches; more are refused with a retry time [T]. At 8 KiB
     of prompt each this is 32 MiB."""
+    batches_max: int = 48
+    """Batches given to one worker and not answered [T]; below the 64 that a worker takes. More
+    would only lengthen a queue that the next round could still rearrange."""
     retry_after_max_s: float = 60.0
     """The longest retry time told to anybody [T]."""
     done_max: int = 4096

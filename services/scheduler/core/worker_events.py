@@ -7,6 +7,9 @@ from services.scheduler.core.workers import Batch, Worker
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
 from shared.tokens import TOKEN_BYTES as TOKEN
 
+WORKERS_OWN_REASONS = ("draining", "queue full")
+"""Refusals that say nothing about the orders."""
+
 
 def slice_done(books: Books, event: SliceDone, now: float) -> None:
     """A batch ended. What does not match the books is a repeat, or late: ignored."""
@@ -76,17 +79,33 @@ def _again(books: Books, request: Request, detail: str, now: float) -> None:
 def _refused(
     books: Books, event: SliceDone, worker: Worker | None, batch: Batch | None, now: float
 ) -> None:
-    """Nothing ran; the orders wait again, and the worker gets a short rest."""
-    if worker is not None:
+    """Nothing of the batch ran: its orders wait again, and the worker gets a short rest. Without
+    a batch the worker answers `SendTokens`: it has no such tokens."""
+    if worker is not None and batch is not None:
         worker.cool_until = now + books.constants.cooldown_s
     for request in _still_placed(books, batch):
-        request.refusals += 1
+        request.refusals += event.refused not in WORKERS_OWN_REASONS
         _again(books, request, event.refused, now)
     for result in event.results:
-        request_or_none = books.requests.open.get(result.request_id)
-        if request_or_none is not None and _matches(request_or_none, event.worker, result):
-            _forget_adopted(worker, request_or_none)
-            moves.give_back(books, request_or_none, now)
+        if not event.batch_id:
+            _tokens_gone(books, event.worker, result, now)
+
+
+def _tokens_gone(books: Books, worker: str, result: SliceResult, now: float) -> None:
+    """The gateway misses tokens that their maker no longer has, or an order never arrived: only
+    the gateway's prefix is left."""
+    requests = books.requests
+    request = requests.open.get(result.request_id) or requests.done.get(result.request_id)
+    if request is None or request.state in (State.COLLECTING, State.RECALLING):
+        return
+    made = ((placement.worker, placement.attempt) for placement in request.placements)
+    if (worker, result.attempt) not in made:
+        return
+    holder, batch_id = books.workers.active.get(request.worker), request.batch_id
+    moves.recall(books, request, now)
+    batch = holder.batches.get(batch_id) if holder is not None else None
+    if holder is not None and batch is not None and request.attempt == result.attempt:
+        _forget_empty(books, holder, batch)
 
 
 def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
@@ -145,15 +164,18 @@ def _check_batch(
     books: Books, worker: Worker, batch: Batch, held: set[tuple[str, int]], now: float
 ) -> None:
     """An order that the worker does not hold was lost on its way."""
-    missing = [r for r in _placed_in(books, batch) if (r.request_id, r.attempt) not in held]
+    placed = _still_placed(books, batch)
+    missing = [r for r in placed if (r.request_id, r.attempt) not in held]
     for request in missing:
         moves.recall(books, request, now)
-    if missing and not _placed_in(books, batch):
+    if missing:
+        _forget_empty(books, worker, batch)
+
+
+def _forget_empty(books: Books, worker: Worker, batch: Batch) -> None:
+    """A lost order's batch is over once nobody is left in it."""
+    if not _still_placed(books, batch):
         worker.batches.pop(batch.batch_id, None)
-
-
-def _placed_in(books: Books, batch: Batch) -> list[Request]:
-    return _still_placed(books, batch)
 
 
 def worker_lost(books: Books, name: str, now: float) -> None:

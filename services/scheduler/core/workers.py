@@ -52,6 +52,7 @@ class Workers:
     """By boot id, in the order in which they joined."""
 
     lost_max: int
+    batches_max: int
     active: dict[str, Worker] = field(default_factory=dict)
     lost: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """What (request, attempt) a lost worker may still be running, should it come back."""
@@ -61,7 +62,10 @@ class Workers:
         return [
             worker
             for worker in self.active.values()
-            if form in worker.info.forms and not worker.draining and now >= worker.cool_until
+            if form in worker.info.forms
+            and not worker.draining
+            and now >= worker.cool_until
+            and len(worker.batches) < self.batches_max
         ]
 
     def remember_lost(self, worker: str, running: tuple[tuple[str, int], ...]) -> None:
