@@ -9,6 +9,7 @@ import torch
 from services.worker.engines.api import Engine
 from services.worker.engines.registry import engine_maker
 from services.worker.settings import WorkerSettings
+from tests.worker.core_bench import Bench
 from tests.worker.reference import Reference
 from tests.worker.tiny_models import FAMILIES
 
@@ -53,3 +54,9 @@ def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """A worker's core that has sent its first beat."""
+    return Bench()

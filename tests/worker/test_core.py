@@ -1,125 +1,33 @@
-"""The worker's core: events in, commands out."""
-
-import random
-from collections.abc import Sequence
+"""The worker's core: orders, epochs, attempts, beats and draining."""
 
 import pytest
 from msgspec.structs import replace as changed
 
-from services.worker.core import outbox, retained, worker
+from services.worker.core import worker
 from services.worker.core.events import (
     BatchBegan,
     BatchRefused,
     CancelRequest,
-    Command,
-    EngineStepped,
     GiveBack,
     Leave,
     Reconnected,
     StartBatch,
     StopWanted,
-    TokensNotSent,
     TokensSent,
 )
-from services.worker.core.worker import Worker
-from services.worker.engines.api import EngineInfo, SliceEnd, StepReport, StepTokens
 from shared.messages import (
     DrainWorker,
     Drop,
-    FinishAck,
-    FinishReason,
     Resident,
     Sampling,
     SchedulerBeat,
     SendTokens,
     SliceDone,
-    SliceResult,
-    SliceTimings,
     TokenBatch,
-    TokenLogprobs,
-    TokenRun,
     WorkerBeat,
-    WorkerMemory,
 )
-from shared.tokens import pack, unpack
+from tests.worker.core_bench import MEMORY, TIMINGS, Bench, kinds, only, result, runs_of
 from tests.worker.orders import make_batch, make_order, make_spec
-
-ENGINE = EngineInfo(
-    engine="padded", forms=("closed",), model="tiny", context_tokens_max=100, vocabulary_size=300
-)
-MEMORY = WorkerMemory(kv_tokens_capacity=1_000)
-TIMINGS = SliceTimings(iterations=3, batch_size=1)
-
-
-class Bench:
-    """A worker under test, and its clock."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.core = Worker("worker-1", "w", ENGINE, MEMORY, self.now)
-        assert kinds(self.core.wake(self.now)) == ["WorkerBeat"]
-
-    def do(self, event: object, after_s: float = 0.0) -> list[Command]:
-        """Handle an event, `after_s` later."""
-        self.now += after_s
-        return self.core.handle(event, self.now)  # type: ignore[arg-type]
-
-    def wake(self) -> list[Command]:
-        """Go on to the deadline."""
-        deadline = self.core.deadline()
-        assert deadline is not None
-        self.now = max(self.now, deadline)
-        return self.core.wake(self.now)
-
-    def make(
-        self,
-        request_id: str,
-        position: int,
-        ids: Sequence[int],
-        finish: FinishReason | None = None,
-        *,
-        attempt: int = 1,
-        after_s: float = 0.0,
-    ) -> list[Command]:
-        """The engine reports tokens."""
-        tokens = StepTokens(request_id, attempt, position, tuple(ids), finish)
-        return self.do(EngineStepped(StepReport(tokens=(tokens,))), after_s)
-
-    def end(self, batch_id: str, *results: SliceResult) -> list[Command]:
-        """The engine reports the end of a batch."""
-        return self.do(
-            EngineStepped(StepReport(ended=(SliceEnd(batch_id, results, TIMINGS),)), MEMORY)
-        )
-
-
-@pytest.fixture
-def bench() -> Bench:
-    """A fresh worker that has sent its first beat."""
-    return Bench()
-
-
-def kinds(commands: Sequence[object]) -> list[str]:
-    """The commands' names."""
-    return [type(command).__name__ for command in commands]
-
-
-def only(kind: type, commands: Sequence[Command]) -> list:  # type: ignore[type-arg]
-    """Those of one kind."""
-    return [command for command in commands if isinstance(command, kind)]
-
-
-def runs_of(commands: Sequence[Command]) -> list[tuple[str, int, list[int], FinishReason | None]]:
-    """All token runs among the commands, in short."""
-    return [
-        (run.request_id, run.position, list(unpack(run.ids)), run.finish_reason)
-        for batch in only(TokenBatch, commands)
-        for run in batch.runs
-    ]
-
-
-def result(request_id: str, finish: FinishReason | None = None, position: int = 0) -> SliceResult:
-    """A slice's result."""
-    return SliceResult(request_id=request_id, attempt=1, position=position, finish_reason=finish)
 
 
 def test_a_batch_from_order_to_result(bench: Bench) -> None:
@@ -309,176 +217,6 @@ def test_the_queue_of_batches_is_bounded(bench: Bench) -> None:
     assert kinds(bench.do(again)) == ["StartBatch"]
 
 
-# ------------------------------------------------------------------------------- tokens out
-
-
-def test_tokens_are_joined_while_more_is_running(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a")), make_order(make_spec("b")), epoch=0))
-    assert len(only(TokenBatch, bench.make("a", 0, [1]))) == 1
-    bench.do(TokensSent("gateway-1"))
-    for position in range(1, 6):
-        assert bench.make("a", position, [position + 1]) == []
-        assert bench.make("b", position - 1, [50 + position]) == []
-    assert bench.core.deadline() == pytest.approx(bench.now + outbox.COALESCE_S)
-    commands = bench.wake()
-    assert runs_of(commands) == [
-        ("a", 1, [2, 3, 4, 5, 6], None),
-        ("b", 0, [51, 52, 53, 54, 55], None),
-    ]
-    assert len(commands) == 1
-
-
-def test_one_message_per_gateway_is_under_way(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a")), epoch=0))
-    bench.make("a", 0, [1])
-    assert only(TokenBatch, bench.make("a", 1, [2], after_s=1.0)) == []
-    assert only(TokenBatch, bench.make("a", 2, [3], after_s=1.0)) == []
-    assert runs_of(bench.do(TokensSent("gateway-1"))) == [("a", 1, [2, 3], None)]
-
-
-def test_gateways_do_not_wait_for_each_other(bench: Bench) -> None:
-    orders = [make_order(make_spec(f"r{n}", gateway=f"g{n}")) for n in (1, 2)]
-    bench.do(make_batch(*orders, epoch=0))
-    assert [b.gateway for b in only(TokenBatch, bench.make("r1", 0, [1]))] == ["g1"]
-    assert [b.gateway for b in only(TokenBatch, bench.make("r2", 0, [1]))] == ["g2"]
-
-
-def test_a_failed_message_is_sent_again_with_what_came_since(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a")), epoch=0))
-    (batch,) = only(TokenBatch, bench.make("a", 0, [1]))
-    bench.make("a", 1, [2])
-    assert bench.do(TokensNotSent(batch)) == []
-    assert bench.core.deadline() == pytest.approx(bench.now + outbox.RETRY_S)
-    assert runs_of(bench.wake()) == [("a", 0, [1, 2], None)]
-
-
-def test_retries_wait_even_if_nothing_runs(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a")), epoch=0))
-    (batch,) = only(TokenBatch, bench.make("a", 0, [1], "stop"))
-    bench.end("b1", result("a", "stop"))
-    assert bench.do(TokensNotSent(batch, unroutable=True)) == []
-    assert runs_of(bench.wake()) == [("a", 0, [1], "stop")]
-
-
-def test_a_gateway_without_a_queue_is_given_up_after_a_while(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a")), epoch=0))
-    (batch,) = only(TokenBatch, bench.make("a", 0, [1]))
-    began, tries = bench.now, 0
-    while batch is not None:
-        assert only(TokenBatch, bench.do(TokensNotSent(batch, unroutable=True))) == []
-        tries += 1
-        batch = None
-        while bench.now < began + 10 and batch is None:
-            batch = next(iter(only(TokenBatch, bench.wake())), None)
-    assert tries == pytest.approx(outbox.GATEWAY_GONE_S / outbox.RETRY_S + 1, abs=1)
-    # What was dropped can still be asked for, should the gateway come back.
-    wish = SendTokens(epoch=0, worker="worker-1", request_id="a", attempt=1, position=0)
-    assert runs_of(bench.do(wish)) == [("a", 0, [1], None)]
-
-
-def test_runs_with_logprobs_are_joined_in_order() -> None:
-    one, two = TokenLogprobs(chosen=-0.1), TokenLogprobs(chosen=-0.2)
-    first = TokenRun(
-        request_id="a",
-        attempt=1,
-        position=0,
-        ids=pack([1]),
-        logprobs=(one,),
-        prompt_logprobs=(TokenLogprobs(chosen=None),),
-    )
-    second = TokenRun(
-        request_id="a", attempt=1, position=1, ids=pack([2]), logprobs=(two,), ending_token=True
-    )
-    joined = outbox.join_runs(first, second)
-    assert joined is not None
-    assert joined.logprobs == (one, two)
-    assert len(joined.prompt_logprobs) == 1
-    assert joined.ending_token
-    assert outbox.join_runs(second, first) is None
-    assert outbox.join_runs(first, changed(second, attempt=2)) is None
-    assert outbox.join_runs(changed(first, finish_reason="stop"), second) is None
-
-
-# ------------------------------------------------------------------------------ kept tokens
-
-
-def wish_for(position: int, attempt: int = 1) -> SendTokens:
-    """A wish for the tokens of request a."""
-    return SendTokens(
-        epoch=0, worker="worker-1", request_id="a", attempt=attempt, position=position
-    )
-
-
-def finished(bench: Bench) -> None:
-    """Request a made 5 tokens from position 10 on, over two slices, and was sent."""
-    spec = make_spec("a", max_tokens=50)
-    bench.do(make_batch(make_order(spec, output=[0] * 10), epoch=0))
-    bench.make("a", 10, [1])
-    bench.make("a", 11, [2])
-    bench.end("b1", result("a", position=10))
-    second = make_batch(make_order(spec, output=[0] * 12), epoch=0, batch_id="b2")
-    bench.do(second)
-    bench.make("a", 12, [3])
-    bench.make("a", 13, [4])
-    bench.make("a", 14, [5], "stop")
-    bench.end("b2", result("a", "stop", position=12))
-    bench.do(TokensSent("gateway-1"))
-    bench.do(TokensSent("gateway-1"))
-
-
-@pytest.mark.parametrize(("position", "ids"), [(10, [1, 2, 3, 4, 5]), (13, [4, 5]), (15, [])])
-def test_kept_tokens_are_sent_again(bench: Bench, position: int, ids: list[int]) -> None:
-    finished(bench)
-    assert runs_of(bench.do(wish_for(position))) == [("a", position, ids, "stop")]
-
-
-@pytest.mark.parametrize("wish", [wish_for(9), wish_for(16), wish_for(10, attempt=2)])
-def test_tokens_that_are_not_here_are_unknown(bench: Bench, wish: SendTokens) -> None:
-    finished(bench)
-    (done,) = bench.do(wish)
-    assert (done.batch_id, done.refused) == ("", "unknown request")
-    assert [(r.request_id, r.attempt, r.position) for r in done.results] == [
-        ("a", wish.attempt, wish.position)
-    ]
-
-
-def test_a_confirmed_end_is_forgotten(bench: Bench) -> None:
-    finished(bench)
-    ack = FinishAck(gateway="gateway-1", worker="worker-1", request_ids=("a", "b"))
-    assert bench.do(ack) == []
-    assert only(SliceDone, bench.do(wish_for(10)))[0].refused == "unknown request"
-
-
-def test_kept_tokens_have_limits_in_time_and_number() -> None:
-    kept = retained.Retained()
-
-    def keep(request_id: str, now: float) -> None:
-        run = TokenRun(request_id=request_id, attempt=1, position=0, ids=pack([1]))
-        kept.add(run, "g", now)
-
-    keep("old", 0.0)
-    keep("new", retained.KEPT_S - 1)
-    assert kept.run_from("old", 1, 0) is not None
-    keep("newer", retained.KEPT_S)
-    assert kept.run_from("old", 1, 0) is None
-    assert kept.run_from("new", 1, 0) is not None
-    for number in range(retained.REQUESTS_MAX):
-        keep(f"r{number}", retained.KEPT_S)
-    assert kept.run_from("newer", 1, 0) is None
-    assert kept.run_from("r0", 1, 0) is not None
-
-
-def test_a_wish_for_tokens_that_are_still_to_come_is_no_error(bench: Bench) -> None:
-    bench.do(make_batch(make_order(make_spec("a"), output=[1, 2]), epoch=0))
-    assert bench.do(wish_for(2)) == []
-    bench.make("a", 2, [3])
-    assert bench.do(wish_for(3)) == []
-    assert only(SliceDone, bench.do(wish_for(1)))[0].refused == "unknown request"
-
-
-# --------------------------------------------------------------------------------- draining
-
-
 @pytest.mark.parametrize("trigger", [StopWanted(), DrainWorker(epoch=0, worker="worker-1")])
 def test_draining_ends_what_runs_and_gives_back_the_rest(bench: Bench, trigger: object) -> None:
     bench.do(make_batch(make_order(make_spec("a")), epoch=0))
@@ -516,89 +254,3 @@ def test_leaving_does_not_wait_for_a_broker_for_ever(bench: Bench) -> None:
     while bench.core.deadline() is not None:
         bench.wake()
     assert bench.now - began == pytest.approx(worker.LEAVE_S, abs=worker.BEAT_S)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_core_survives_any_order_of_events(seed: int) -> None:
-    """Every batch is answered exactly once, whatever comes when; tokens never leave a gap."""
-    rng = random.Random(seed)
-    bench = Bench()
-    started: dict[str, list[object]] = {}
-    orders: dict[str, object] = {}
-    answered: list[str] = []
-    sent: dict[tuple[str, int], int] = {}
-    attempts = {f"r{n}": 0 for n in range(6)}
-
-    def note(commands: list[Command]) -> None:
-        for command in commands:
-            match command:
-                case StartBatch():
-                    started[command.order.batch_id] = [
-                        [o.spec.request_id, o.attempt, 0] for o in command.order.orders
-                    ]
-                    orders[command.order.batch_id] = command.order
-                case SliceDone():
-                    answered.append(command.batch_id)
-                case TokenBatch():
-                    for run in command.runs:
-                        key = (run.request_id, run.attempt)
-                        assert run.position <= sent.get(key, 0), "a gap"
-                        end = run.position + len(unpack(run.ids))
-                        sent[key] = max(end, sent.get(key, 0))
-                    if rng.random() < 0.8:
-                        note(bench.do(TokensSent(command.gateway)))
-                    else:
-                        sent_back = TokensNotSent(command)
-                        for run in command.runs:
-                            key = (run.request_id, run.attempt)
-                            sent[key] = min(sent[key], run.position)
-                        note(bench.do(sent_back))
-
-    given = 0
-    for step in range(300):
-        bench.now += rng.choice([0.0, 0.001, 0.01])
-        action = rng.random()
-        if action < 0.2:
-            chosen = rng.sample(sorted(attempts), rng.randrange(1, 4))
-            for name in chosen:
-                attempts[name] += 1
-            given += 1
-            shares = [make_order(make_spec(n), attempt=attempts[n]) for n in chosen]
-            note(bench.do(make_batch(*shares, epoch=0, batch_id=f"b{given}")))
-        elif action < 0.7 and started:
-            batch_id = next(iter(started))
-            tokens = []
-            for row in started[batch_id]:
-                name, attempt, position = row  # type: ignore[misc]
-                tokens.append(StepTokens(name, attempt, position, (step,)))
-                row[2] += 1  # type: ignore[index]
-            ended: tuple[SliceEnd, ...] = ()
-            if rng.random() < 0.3:
-                rows = started.pop(batch_id)
-                results = tuple(
-                    SliceResult(request_id=r[0], attempt=r[1], position=0)  # type: ignore[index]
-                    for r in rows
-                )
-                ended = (SliceEnd(batch_id, results, TIMINGS),)
-            note(bench.do(EngineStepped(StepReport(tokens=tuple(tokens), ended=ended))))
-        elif action < 0.75 and started:
-            batch_id = rng.choice(sorted(started))
-            del started[batch_id]
-            note(bench.do(BatchRefused(orders[batch_id], "no")))  # type: ignore[arg-type]
-        elif action < 0.8:
-            name = rng.choice(sorted(attempts))
-            attempt = rng.randrange(attempts[name] + 1)
-            note(bench.do(Drop(epoch=0, worker="worker-1", request_id=name, attempt=attempt)))
-        elif action < 0.85:
-            name = rng.choice(sorted(attempts))
-            note(
-                bench.do(
-                    SendTokens(epoch=0, worker="worker-1", request_id=name, attempt=1, position=0)
-                )
-            )
-        else:
-            note(bench.wake())
-    for batch_id in sorted(started):
-        note(bench.do(BatchRefused(orders[batch_id], "end")))  # type: ignore[arg-type]
-    batches = [batch_id for batch_id in answered if batch_id]
-    assert sorted(batches) == sorted(f"b{n + 1}" for n in range(given))
