@@ -25,6 +25,9 @@ class Choice:
     spec: RequestSpec
     prompt: Prompt
     transcript: Transcript
+    hidden: bool = False
+    """Only the prompt was asked for (`echo` with `max_tokens` 0): one token is made, to have the
+    prompt scored, and not shown."""
     prompt_scores: Sequence[TokenLogprobs] = ()
     error: ApiError | None = None
     finished_at: float | None = None

@@ -116,6 +116,7 @@ class MeshLink:
     async def run(self, stop: asyncio.Event) -> None:
         """Follows the mesh until `stop` is set, then takes leave of it. Raises BusUnavailable if
         the gateway's queue cannot be made."""
+        self._bus.on_reconnect(self._on_reconnect)
         await self._bus.declare(SCHEDULER_QUEUE)
         subscription = await self._bus.consume(gateway_queue(self._gateway), self._on_delivery)
         async with asyncio.TaskGroup() as tasks:
@@ -140,6 +141,11 @@ class MeshLink:
         self._metrics.follow(self._ledger.counts)
         self._rearm_if_earlier()
 
+    def _on_reconnect(self) -> None:
+        self._metrics.errors.labels("reconnect").inc()
+        self._telemetry.log.warning("broker is back", open_requests=len(self._ledger))
+        self._apply(self._ledger.reconnected(self.now()))
+
     def _apply(self, outputs: Iterable[Output]) -> None:
         """Moves the calls, in the order of the outputs."""
         for output in outputs:
@@ -163,6 +169,8 @@ class MeshLink:
         now = self.now()
         if arrived.prompt_logprobs:
             choice.prompt_scores = arrived.prompt_logprobs
+        if choice.hidden:
+            return
         if arrived.ids:
             self._metrics.saw_tokens(call, choice, len(arrived.ids), now)
         stopped_at = choice.transcript.push(

@@ -5,6 +5,7 @@ Token latencies are measured when tokens reach the gateway, not when a slow clie
 
 from collections import Counter as Counts
 from collections.abc import Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -84,6 +85,7 @@ class GatewayMetrics:
             ("tenant",),
             registry=registry,
         )
+        self._output_tokens_of = cache(self.output_tokens.labels)
         self.prompt_length = Histogram(
             "tranche_gateway_request_prompt_tokens",
             "Prompt length of a choice.",
@@ -149,7 +151,7 @@ class GatewayMetrics:
 
     def saw_tokens(self, call: Call, choice: Choice, count: int, now: float) -> None:
         """Tokens of a choice arrived; the choice's times are kept here."""
-        self.output_tokens.labels(call.tenant).inc(count)
+        self._output_tokens_of(call.tenant).inc(count)
         self.alias.tokens(call.model, count)
         if choice.first_token_at is None:
             choice.first_token_at = now

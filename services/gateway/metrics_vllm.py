@@ -3,6 +3,8 @@
 Only what a gateway knows; queue lengths, KV use and preemptions are the scheduler's and workers'.
 """
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from services.gateway.calls import Call, Choice
@@ -50,6 +52,7 @@ class VllmAliases:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
         self._output_tokens = counter("generation_tokens", "Output tokens.")
         self._successes = counter("request_success", "Finished requests.", "finished_reason")
+        self._per_arrival = cache(self._children)
 
     def accepted(self, call: Call, choices_per_prompt: int) -> None:
         """A call went to the mesh."""
@@ -64,12 +67,21 @@ class VllmAliases:
 
     def tokens(self, model: str, count: int) -> None:
         """Output tokens arrived."""
-        self._output_tokens.labels(model, ENGINE).inc(count)
+        self._per_arrival(model)[0].inc(count)
 
     def between_tokens(self, model: str, gap_s: float) -> None:
         """Later tokens arrived."""
-        self._between_tokens.labels(model, ENGINE).observe(gap_s)
-        self._per_token_old.labels(model, ENGINE).observe(gap_s)
+        _, between_tokens, per_token_old = self._per_arrival(model)
+        between_tokens.observe(gap_s)
+        per_token_old.observe(gap_s)
+
+    def _children(self, model: str) -> tuple[Counter, Histogram, Histogram]:
+        """What each arrival of tokens touches; looking labels up costs more than counting."""
+        return (
+            self._output_tokens.labels(model, ENGINE),
+            self._between_tokens.labels(model, ENGINE),
+            self._per_token_old.labels(model, ENGINE),
+        )
 
     def call_ended(self, call: Call) -> None:
         """All choices of a call ended."""

@@ -46,6 +46,8 @@ def add_choices(
         )
     chat = isinstance(request, ChatRequest)
     asked = request.output_tokens_max if isinstance(request, ChatRequest) else request.max_tokens
+    hidden = asked == 0
+    asked = max(asked, 1) if asked is not None else None
     logprobs = _logprobs_wanted(request)
     sampling = request.sampling(
         seed=(drawn_seed if request.seed is None else request.seed) & SEED_MASK,
@@ -88,7 +90,7 @@ def add_choices(
                 include_stop=request.include_stop_str_in_output,
                 min_tokens=request.min_tokens,
             )
-            call.choices.append(Choice(index, spec, prompt, transcript))
+            call.choices.append(Choice(index, spec, prompt, transcript, hidden))
 
 
 def _logprobs_wanted(request: CompletionRequest | ChatRequest) -> int | None:

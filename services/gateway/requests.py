@@ -49,8 +49,8 @@ class CompletionRequest(Parameters):
         super().check()
         if self.suffix:
             raise unsupported("suffix")
-        if self.max_tokens < 1:
-            raise invalid("'max_tokens' must be at least 1.", "max_tokens")
+        if self.max_tokens < 1 and not self.echo:
+            raise invalid("'max_tokens' must be at least 1 without 'echo'.", "max_tokens")
 
 
 class ContentPart(Body):

@@ -200,6 +200,15 @@ def test_before_the_first_token_patience_is_longer() -> None:
     assert ledger.wake(30.0) == [TokensWanted(gateway=GATEWAY, request_id=R, attempt=0, position=0)]
 
 
+def test_after_a_reconnect_all_open_requests_are_asked_after() -> None:
+    ledger = opened()
+    ledger.handle(batch(run(0, 5)), 1.0)
+    wanted = TokensWanted(gateway=GATEWAY, request_id=R, attempt=1, position=1)
+    assert ledger.reconnected(2.0) == [wanted]
+    assert ledger.handle(batch(run(1, 6, ends=True)), 2.1)[0] == arrived(1, 6)
+    assert ledger.reconnected(3.0) == []
+
+
 def test_progress_ends_the_asking() -> None:
     ledger = opened()
     ledger.handle(batch(run(0, 5)), 0.0)

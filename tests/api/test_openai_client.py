@@ -182,6 +182,18 @@ def test_echo_with_logprobs(client: OpenAI, model: str) -> None:
     assert len(scores.tokens) >= answer.usage.prompt_tokens
 
 
+def test_only_the_prompt(client: OpenAI, model: str) -> None:
+    answer = client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=0, echo=True, logprobs=1
+    )
+    assert answer.choices[0].text == PROMPT
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+    scores = answer.choices[0].logprobs
+    assert scores is not None
+    assert len(scores.token_logprobs or []) == answer.usage.prompt_tokens
+
+
 def test_zero_logprobs(client: OpenAI, model: str) -> None:
     answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=4, logprobs=0)
     scores = answer.choices[0].logprobs
@@ -497,6 +509,7 @@ def test_unknown_model(client: OpenAI) -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
         ({"logprobs": 21}, "logprobs"),

@@ -133,6 +133,10 @@ class Ledger:
             case _:
                 return []
 
+    def reconnected(self, now: float) -> list[Output]:
+        """The connection was lost, and messages with it perhaps: ask about all open requests."""
+        return [self._ask(record, now) for record in self._records.values()]
+
     def deadline(self) -> float | None:
         """When to call `wake` next."""
         return self._due[0][0] if self._due else None
@@ -246,13 +250,15 @@ class Ledger:
         request_id = record.spec.request_id
         if now >= record.expires_at:
             return [*self.cancel(request_id), Expired(request_id)]
+        return [self._ask(record, now)]
+
+    def _ask(self, record: Record, now: float) -> TokensWanted:
         record.asked += 1
         record.asked_at = now
         self.counts["asked"] += 1
-        wanted = TokensWanted(
+        return TokensWanted(
             gateway=self._gateway,
-            request_id=request_id,
+            request_id=record.spec.request_id,
             attempt=max(record.seen_attempt, record.closed_attempt),
             position=record.position,
         )
-        return [wanted]
