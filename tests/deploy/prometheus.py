@@ -1,6 +1,7 @@
 """A private Prometheus for tests: started on a free port, asked over its HTTP interface."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -124,7 +125,7 @@ def tool(name: str) -> str:
     found = shutil.which(name)
     if found is not None:
         return found
-    unpacked = CACHE / "usr" / "bin" / name
+    unpacked = CACHE / name
     if not unpacked.exists():
         _unpack()
     return str(unpacked)
@@ -150,13 +151,12 @@ def _unpack() -> None:
                 break
         else:
             raise PrometheusMissing(f"{advice}; apt-get said: {done.stderr[-1000:]}")
+        subprocess.run(["dpkg-deb", "-x", str(packages[0]), folder], check=True)
         CACHE.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=CACHE))
-        subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(partial)], check=True)
-    try:
-        (partial / "usr").rename(CACHE / "usr")
-    except OSError:  # another test process was first
-        shutil.rmtree(partial)
+        for program in (Path(folder) / "usr" / "bin").iterdir():
+            partial = CACHE / f"{program.name}.{os.getpid()}"
+            shutil.move(program, partial)
+            partial.rename(CACHE / program.name)  # at once: other test processes may look
 
 
 def _free_port() -> int:
