@@ -147,4 +147,7 @@ class RabbitBus:
             self._was_lost = False
             _log.info("bus.reconnected", service=self._service)
             for callback in self._reconnect_callbacks:
-                callback()
+                try:
+                    callback()
+                except Exception:
+                    _log.exception("bus.reconnect_callback_failed", service=self._service)

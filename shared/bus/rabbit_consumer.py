@@ -7,7 +7,7 @@ acknowledgement can stand for many: that saves more than half of the CPU per mes
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import structlog
@@ -158,20 +158,26 @@ class RabbitSubscription:
         self._forget_unacknowledged()
         if message is None or message.delivery_tag is None:
             return
-        with suppress(LineLost):  # then they come again
-            async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                with line_errors():
-                    await message.channel.basic_ack(message.delivery_tag, multiple=True, wait=False)
+        await self._settle(
+            message.channel.basic_ack(message.delivery_tag, multiple=True, wait=False)
+        )
 
     async def _reject(self, message: DeliveredMessage, *, requeue: bool) -> None:
         # basic.reject, not basic.nack: from 4.3 only the former counts to the delivery limit.
         assert message.delivery_tag is not None
-        with suppress(LineLost):
+        await self._settle(
+            message.channel.basic_reject(message.delivery_tag, requeue=requeue, wait=False)
+        )
+
+    async def _settle(self, sending: Awaitable[None]) -> None:
+        try:
             async with asyncio.timeout(SETTLE_TIMEOUT_S):
                 with line_errors():
-                    await message.channel.basic_reject(
-                        message.delivery_tag, requeue=requeue, wait=False
-                    )
+                    await sending
+        except (LineLost, TimeoutError) as error:
+            # The broker gives out again what was not settled on a lost channel.
+            _log.debug("bus.not_settled", queue=self._spec.name, error=str(error))
+            self._kept.renew()
 
 
 def received_from(message: DeliveredMessage, failures: int) -> Received:

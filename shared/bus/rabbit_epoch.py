@@ -73,7 +73,12 @@ async def _raise_once(address: URL) -> int:
         async with await connect(address, timeout=ATTEMPT_TIMEOUT_S) as connection:
             assert isinstance(connection, Connection)
             lock = await _channel(connection)
-            await lock.declare_queue(LOCK_QUEUE, exclusive=True, timeout=ATTEMPT_TIMEOUT_S)
+            await lock.declare_queue(
+                LOCK_QUEUE,
+                exclusive=True,
+                arguments={"x-queue-type": "classic"},
+                timeout=ATTEMPT_TIMEOUT_S,
+            )
             existed = await _exists(connection)
             channel = await _channel(connection)
             await declare_dead_letters(await channel.get_underlay_channel())

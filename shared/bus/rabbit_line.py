@@ -187,7 +187,8 @@ class KeptChannel:
                 await self._until_lost(channel)
                 failures = 0
                 _log.warning("bus.channel_lost", purpose=self._purpose, error=_end_of(channel))
-            except (LineLost, TimeoutError) as error:
+            except Exception as error:
+                # Whatever it is: a service without its channel is deaf, so it is tried again.
                 failures += 1
                 self._note(error)
             finally:

@@ -54,15 +54,13 @@ async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> None:
 def arguments_of(spec: QueueSpec) -> FieldTable:
     """The x-arguments of a queue."""
     arguments: FieldTable = {
+        "x-queue-type": "quorum" if spec.kind == "durable" else "classic",
         "x-dead-letter-exchange": DEAD_LETTER_EXCHANGE,
         "x-max-length": spec.length_max,
         "x-overflow": "reject-publish",
     }
     if spec.kind == "durable":
-        arguments |= {
-            "x-queue-type": "quorum",
-            "x-delivery-limit": RETURN_LIMIT,
-        }
+        arguments["x-delivery-limit"] = RETURN_LIMIT
     if spec.single_active_consumer:
         arguments["x-single-active-consumer"] = True
     if spec.message_ttl_s is not None:
