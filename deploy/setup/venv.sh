@@ -49,13 +49,13 @@ torch_kind() {
 install_torch() {
   # A bare `torch` on Linux is the CUDA build with gigabytes of libraries; hence the CPU index.
   if [ "$1" = cuda ]; then
-    "$pip" install -q -c constraints.txt "torch==$torch_version"
+    "$pip" install -q --no-compile -c constraints.txt "torch==$torch_version"
     return
   fi
-  "$pip" install -q --retries 0 --no-deps \
+  "$pip" install -q --no-compile --retries 0 --no-deps \
     --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch_version+cpu" && return
   say "no CPU build of torch $torch_version to be had; taking the default build (large)"
-  "$pip" install -q -c constraints.txt "torch==$torch_version"
+  "$pip" install -q --no-compile -c constraints.txt "torch==$torch_version"
 }
 
 kind=$(torch_kind)
@@ -73,12 +73,13 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-"$pip" install -q -c constraints.txt setuptools
+"$pip" install -q --no-compile -c constraints.txt setuptools
 say "torch $torch_version ($kind)"
 install_torch "$kind"
 say "the other packages for: $extra"
-# The project is found where it lies; only what it depends on is downloaded.
-"$pip" install -q -c constraints.txt --no-build-isolation -e ".[$extra]"
+# The project is found where it lies; only what it depends on is downloaded. Nothing is compiled
+# ahead: Python does that for the few modules that are ever loaded.
+"$pip" install -q --no-compile -c constraints.txt --no-build-isolation -e ".[$extra]"
 rm -f "$venv"/.tranche-"$extra"-*
 touch "$stamp"
 say "ready after $((SECONDS - started)) s"
