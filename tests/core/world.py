@@ -53,6 +53,8 @@ from shared.messages import (
 
 SILENCE_S = 5.0
 STEP_S = 0.01
+WAKES_MAX = 1000
+"""At one instant; every command schedules a wake-up, and most find nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class World:
         self.life_finished: set[str] = set()
         self.transcript: list[SchedulerCommand] = []
         self.boots = itertools.count(1)
-        self._wake_at = float("inf")
+        self._woken_at, self._woken = 0.0, 0
         self.elect()
 
     # ------------------------------------------------------------------ the scheduler's process
@@ -180,6 +182,9 @@ class World:
             deadline = core.deadline()
             assert deadline is not None
             if deadline <= self.net.now:
+                self._woken = self._woken + 1 if self._woken_at == self.net.now else 0
+                self._woken_at = self.net.now
+                assert self._woken < WAKES_MAX, "the core wants to be woken again and again"
                 self._take(core.wake(self.net.now))
             else:
                 self.net.at(deadline, lambda: self._wake(core))
