@@ -93,7 +93,9 @@ class Engine(Protocol):
         """Take in a batch or leases. Raises OutOfMemory or BadOrder; then nothing was taken."""
 
     def step(self) -> StepReport:
-        """One iteration over what runs. Calling it without work answers an empty report."""
+        """One iteration over what runs. Calling it without work answers an empty report.
+
+        Raises EngineError; then everything that ran was dropped, and the engine can go on."""
 
     def cancel(self, request_id: str) -> None:
         """The request makes no more tokens; in a closed batch its row idles until the end.
