@@ -7,7 +7,9 @@ from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import TRANSITIONS, State, drawn
 from shared import tokens
 from shared.messages import (
+    Finished,
     GatewayBeat,
+    Rejected,
     RunSlice,
     SchedulerCommand,
 )
@@ -108,3 +110,20 @@ def test_a_draining_worker_s_refusals_are_not_the_request_s_fault() -> None:
         (again,) = bench.after(0.6)
         assert isinstance(again, RunSlice)
         run = again
+
+
+def test_what_no_worker_can_hold_any_more_is_refused() -> None:
+    bench = Bench()
+    bench.join("large")
+    bench.join("large", draining=True)
+    assert bench.say(submit(max_tokens=900)) == []
+    said: list[SchedulerCommand] = []
+    for _ in range(80):
+        bench.join("small", context_tokens_max=200)
+        bench.say(GatewayBeat(gateway="g1"))
+        said += bench.after(0.5)
+    rejected, ended = said
+    assert isinstance(rejected, Rejected)
+    assert (rejected.reason, rejected.retry_after_s) == ("too_long", None)
+    assert isinstance(ended, Finished)
+    assert ended.reason == "error"

@@ -38,6 +38,7 @@ from shared.messages import (
     Recall,
     Rejected,
     RequestSpec,
+    Resume,
     RunSlice,
     SchedulerBeat,
     SliceDone,
@@ -101,9 +102,11 @@ class Mesh:
             await self.peer.read(queue)
 
     @asynccontextmanager
-    async def scheduler(self, **settings: object) -> AsyncIterator[asyncio.Task[None]]:
+    async def scheduler(
+        self, bus: MemoryBus | None = None, **settings: object
+    ) -> AsyncIterator[asyncio.Task[None]]:
         """A scheduler of its own connection; stopped and awaited at the end."""
-        bus = MemoryBus(self.broker)
+        bus = bus or MemoryBus(self.broker)
         await bus.open()
         stop = asyncio.Event()
         telemetry = Telemetry(
@@ -270,6 +273,35 @@ async def test_a_standby_takes_over_with_a_higher_epoch(mesh: Mesh) -> None:
             await first.aclose()
             await mesh.beat()
             await mesh.peer.get(SchedulerBeat, lambda m: m.epoch == 2)
+
+
+class Interrupted(MemoryBus):
+    """A bus whose connection the test can break."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker)
+        self.callbacks: list[Callable[[], None]] = []
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self.callbacks.append(callback)
+
+
+async def test_after_a_lost_connection_it_leads_anew_or_not_at_all(mesh: Mesh) -> None:
+    """Another may have led meanwhile: what was known is forgotten, the epoch rises."""
+    bus = Interrupted(mesh.broker)
+    async with mesh.scheduler(bus=bus):
+        await mesh.beat()
+        await mesh.say(request())
+        await mesh.peer.get(RunSlice)
+        for callback in bus.callbacks:
+            callback()
+        assert "tranche_epoch 0.0" in mesh.metrics()
+        await mesh.beat()
+        await mesh.peer.get(SchedulerBeat, lambda m: m.epoch == 2)
+        spec = request().spec
+        await mesh.say(Resume(spec=spec, attempt=0, tokens=tokens.pack([5])))
+        recall = (await mesh.peer.get(Recall)).message
+        assert recall == Recall(epoch=2, gateway="g1", request_id="r1", attempt=1_000_000)
 
 
 async def test_who_speaks_for_another_is_not_heard(mesh: Mesh) -> None:

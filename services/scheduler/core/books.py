@@ -12,6 +12,8 @@ from shared.messages import LengthForecast, SchedulerCommand
 ATTEMPTS_PER_EPOCH = 1_000_000
 """A leader numbers attempts from (epoch - 1) times this: above every attempt of the leaders before
 it, also those it never heard of."""
+ATTEMPT_MAX = 1 << 48
+"""Far above any leader's; what claims to be beyond is nonsense, and could not be raised much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What gateways say, and what follows: submit, resume, cancel, stopped, tokens wanted, beats."""
 
 from services.scheduler.core import moves
-from services.scheduler.core.books import Books
+from services.scheduler.core.books import ATTEMPT_MAX, Books
 from services.scheduler.core.predict import predicted_wait_s
 from services.scheduler.core.state import Placement, Request, State
 from shared import tokens
@@ -17,9 +17,6 @@ from shared.messages import (
     Submit,
     TokensWanted,
 )
-
-ATTEMPT_MAX = 1 << 48
-"""Far above any leader's; a number near the encoding's limit could not be raised."""
 
 
 def heard(books: Books, gateway: str, now: float) -> None:
@@ -167,6 +164,8 @@ def _wanted_unknown(books: Books, event: TokensWanted) -> None:
             books.send(answer)
         return
     if books.collecting_until is not None or event.request_id in books.requests.open:
+        return
+    if not 0 <= event.attempt < ATTEMPT_MAX:
         return
     books.send(
         Recall(

@@ -1,5 +1,7 @@
 """Moves: the few things that can be done with one request, each with all that it entails."""
 
+from typing import Literal
+
 from services.scheduler.core.books import Books
 from services.scheduler.core.state import Cause, Placement, Request, State
 from shared.messages import Drop, Finished, FinishReason, Recall, Rejected
@@ -99,13 +101,19 @@ def finish(
     )
 
 
-def give_up(books: Books, request: Request, detail: str, now: float) -> None:
+def give_up(
+    books: Books,
+    request: Request,
+    detail: str,
+    now: float,
+    reason: Literal["no_worker", "too_long"] = "no_worker",
+) -> None:
     """It cannot be served; its gateway is told so."""
     answer = Rejected(
         epoch=books.epoch,
         gateway=request.spec.gateway,
         request_id=request.request_id,
-        reason="no_worker",
+        reason=reason,
         detail=detail,
     )
     drop_placed(books, request)

@@ -58,9 +58,23 @@ def make_round(books: Books, now: float) -> None:
     placed = _offload(books, batches, targets, now)
     books.rounds.last_at = now
     books.rounds.least_load_s = min(worker.load_s for worker in targets)
+    if not placed:
+        _give_up_misfits(books, now)
     if books.requests.pool:
         books.rounds.gathered_at = now
         books.rounds.not_before = now if placed else now + books.constants.empty_round_s
+
+
+def _give_up_misfits(books: Books, now: float) -> None:
+    """Nobody could be placed although workers are free: some may fit no worker there is."""
+    form = books.preset.form
+    workers = [w for w in books.workers.active.values() if form in w.info.forms]
+    rooms = {_room(books, worker): (0,) for worker in workers}
+    for request in list(books.requests.pool.values()):
+        overdue = now - request.since > books.constants.misfit_s
+        if overdue and not _fitting(books, [request], rooms):
+            detail = f"no worker can hold {request.context_tokens} tokens any more"
+            moves.give_up(books, request, detail, now, reason="too_long")
 
 
 def _batches(

@@ -54,6 +54,9 @@ class Constants:
     """Finished requests remembered for late questions and repeats [T]."""
     done_ttl_s: float = 120.0
     """How long; above any gateway's patience with a silent stream [T]."""
+    misfit_s: float = 30.0
+    """A request that fits no present worker is refused after so long [T]: the larger worker that
+    it was taken in for may come back meanwhile."""
     refusals_max: int = 8
     """Placements of one request in a row that made no token, before it is refused [T]."""
     asks_max: int = 3

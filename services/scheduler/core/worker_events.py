@@ -1,7 +1,7 @@
 """What workers say, and what follows: slices done, beats, residents, losses."""
 
 from services.scheduler.core import moves
-from services.scheduler.core.books import Books, Claim
+from services.scheduler.core.books import ATTEMPT_MAX, Books, Claim
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Batch, Worker
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
@@ -136,6 +136,8 @@ def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: 
     name = worker.info.worker
     if books.collecting_until is not None:
         for resident in residents:
+            if not 0 < resident.attempt < ATTEMPT_MAX:
+                continue
             claim = Claim(name, resident.attempt, resident.position)
             claims = books.claims.setdefault(resident.request_id, [])
             if claim not in claims:
