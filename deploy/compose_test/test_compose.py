@@ -102,7 +102,8 @@ async def test_a_trace_shows_slices_and_workers(stack: Stack, measured: Measured
         answer.raise_for_status()
         spans = await trace(client, stack.collector_url(), trace_id)
     measured["trace"] = [
-        f"{span['service']}: {span['name']} {(span['end_s'] - span['start_s']) * 1e3:.1f} ms"
+        f"{span['service']}: {span['name']} {(span['end_s'] - span['start_s']) * 1e3:.1f} ms "
+        f"{worker_of(span)}".strip()
         for span in spans
     ]
     assert all(worker_of(span) for span in slices(spans))
