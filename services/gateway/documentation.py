@@ -35,12 +35,12 @@ STATUSES = {
     "401": "No valid API key.",
     "404": "No such model.",
     "405": "Wrong method.",
+    "408": "The request's own deadline passed, or its stream was read too slowly.",
     "413": "The body is too large.",
     "415": "The body is no JSON.",
     "429": "Too much work now; see Retry-After.",
     "500": "The output failed.",
     "503": "The mesh is not there now; see Retry-After.",
-    "504": "The request's own deadline passed.",
 }
 
 
@@ -93,7 +93,7 @@ def _responses(path: str) -> dict[str, Any]:
     if path == "/metrics":
         good = {"text/plain": {"schema": {"type": "string"}}}
     if path in BODIES:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {"schema": {}}  # events; the last one is [DONE]
     error = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": good}}
     if path == "/ready":

@@ -112,8 +112,8 @@ def unavailable(message: str, retry_after_s: float = UNAVAILABLE_RETRY_S) -> Api
 
 
 def overdue(message: str) -> ApiError:
-    """504: the request's own time is over."""
-    return ApiError(504, message, code="deadline_exceeded", kind="timeout_error")
+    """408: the time that the client gave, or that any request may take, is over."""
+    return ApiError(408, message, code="deadline_exceeded", kind="timeout_error")
 
 
 def failed(message: str) -> ApiError:

@@ -385,6 +385,5 @@ def test_deadlines_never_stall_and_never_spin(steps: list[tuple[float, int]]) ->
             position += 1
         elif kind == 2:
             ledger.handle(batch(run(position + 2, 1)), now)
-            gap_deadline = ledger.deadline()
-            assert gap_deadline is None or R not in ledger or gap_deadline <= now + 64.0
-    assert R not in ledger or ledger.deadline() is not None
+        deadline = ledger.deadline()
+        assert R not in ledger or (deadline is not None and deadline <= 500.0)
