@@ -81,7 +81,7 @@ def bench(
             duration_s=duration,
             api_key=api_key,
         )
-        records, counts = asyncio.run(_drive(workload, options, metrics_url or [], console))
+        records, counts = asyncio.run(drive(workload, options, metrics_url or [], console))
     except (WorkloadError, SloError) as error:
         raise typer.BadParameter(str(error)) from error
     except httpx.HTTPError as error:
@@ -102,9 +102,10 @@ def bench(
     _publish(report, json_file, console)
 
 
-async def _drive(
+async def drive(
     workload: Workload, options: LoadOptions, metrics_urls: list[str], console: Console
 ) -> tuple[list[Record], ServerCounts]:
+    """Run the load with a progress bar; what the clients saw and what the server counted."""
     if not options.model:
         name = await find_model(options.url, options.api_key)
         options = replace(options, model=name)

@@ -65,20 +65,14 @@ def with_server_counts(report: Report, counts: ServerCounts) -> Report:
     """The report with the fields that only the server knows."""
     return msgspec.structs.replace(
         report,
-        invalid_tokens=_whole(counts.get("tranche_worker_invalid_tokens_total")),
-        pad_tokens=_whole(counts.get("tranche_worker_pad_tokens_total")),
-        evictions=_whole(counts.get("tranche_scheduler_evictions_total")),
-        slices_per_request=_per(
-            counts.get("tranche_worker_slice_requests_total"), report.completed
-        ),
+        invalid_tokens=_whole(counts.get("tranche_invalid_tokens_total")),
+        pad_tokens=_whole(counts.get("tranche_pad_tokens_total")),
+        slices_per_request=_per(counts.get("tranche_dispatched_orders_total"), report.completed),
         batch_size_mean=counts.ratio(
-            "tranche_worker_batch_size_requests_sum", "tranche_worker_batch_size_requests_count"
+            "tranche_batch_size_requests_sum", "tranche_batch_size_requests_count"
         ),
-        early_return_ratio=counts.ratio(
-            "tranche_worker_early_returns_total", "tranche_worker_batches_total"
-        ),
-        scheduler_cpu_s=counts.get("tranche_scheduler_decision_seconds_sum"),
-        decisions=_whole(counts.get("tranche_scheduler_decision_seconds_count")),
+        scheduler_cpu_s=counts.get("tranche_decision_seconds_sum"),
+        decisions=_whole(counts.get("tranche_decision_seconds_count")),
     )
 
 

@@ -67,7 +67,7 @@ def test_no_completed_request_gives_no_latency() -> None:
 
 
 def test_server_counts_are_differences() -> None:
-    before = ServerCounts({"tranche_worker_pad_tokens_total": 10.0})
-    after = ServerCounts({"tranche_worker_pad_tokens_total": 25.0})
+    before = ServerCounts({"tranche_pad_tokens_total": 10.0})
+    after = ServerCounts({"tranche_pad_tokens_total": 25.0})
     assert with_server_counts(report(), after.since(before)).pad_tokens == 15
     assert with_server_counts(report(), ServerCounts()).pad_tokens is None
