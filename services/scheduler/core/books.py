@@ -59,6 +59,11 @@ class Books:
     forecast: LengthForecast | None = None
     beat_at: float = float("inf")
     watch_at: float = float("inf")
+    round_at: float | None = None
+    """When the next round is due, as far as is known."""
+    stirred: bool = True
+    """Something happened that may change `round_at`. With thousands of workers most events are
+    beats, which do not; looking at all workers for each of them would cost more than the rounds."""
     called_at: float | None = None
     workers_lost: int = 0
     """How many fell silent or could not be reached; those that left are not counted."""

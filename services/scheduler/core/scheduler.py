@@ -56,6 +56,8 @@ class Scheduler:
             if event.epoch > books.epoch == 0:
                 takeover.elected(books, event.epoch, now)
         elif books.epoch:
+            if not isinstance(event, WorkerBeat | GatewayBeat | LengthForecast):
+                books.stirred = True
             _happened(books, event, now)
         return self._due(now)
 
@@ -72,9 +74,8 @@ class Scheduler:
         times = [books.beat_at, books.watch_at]
         if books.collecting_until is not None:
             times.append(books.collecting_until)
-        round_at = next_round_at(books, books.called_at or 0.0)
-        if round_at is not None:
-            times.append(round_at)
+        if books.round_at is not None:
+            times.append(books.round_at)
         return min(times)
 
     @property
@@ -88,15 +89,25 @@ class Scheduler:
         if books.epoch:
             if books.collecting_until is not None and now >= books.collecting_until:
                 takeover.settle(books, now)
+                books.stirred = True
             if now >= books.watch_at:
                 watch.watch(books, now)
             if now >= books.beat_at:
                 watch.beat(books, now)
-            round_at = next_round_at(books, now)
-            if round_at is not None and now >= round_at:
-                make_round(books, now)
+            _round_if_due(books, now)
         commands, books.commands = books.commands, []
         return commands
+
+
+def _round_if_due(books: Books, now: float) -> None:
+    due = books.round_at is not None and now >= books.round_at
+    if not due and not books.stirred:
+        return
+    books.round_at = next_round_at(books, now)
+    if books.round_at is not None and now >= books.round_at:
+        make_round(books, now)
+        books.round_at = next_round_at(books, now)
+    books.stirred = False
 
 
 def _happened(books: Books, event: SchedulerEvent, now: float) -> None:

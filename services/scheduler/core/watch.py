@@ -47,6 +47,7 @@ def watch(books: Books, now: float) -> None:
     """Look for everything that did not happen."""
     constants = books.constants
     books.watch_at = now + constants.watch_s
+    books.stirred = True
     for name, worker in list(books.workers.active.items()):
         if now - worker.seen_at > constants.worker_timeout_s:
             worker_lost(books, name, now)

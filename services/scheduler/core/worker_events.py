@@ -112,12 +112,15 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
     """It lives; it may be new, or leave, or list what it holds."""
     name = event.info.worker
     if event.leaving:
+        books.stirred = True
         if name in books.workers.active:
             worker_lost(books, name, now)
             books.workers_lost -= 1
         books.workers.lost.pop(name, None)
         return
     worker = books.workers.active.get(name)
+    news = worker is None or worker.draining != event.draining
+    books.stirred |= news or event.residents_listed
     if worker is None:
         worker = Worker(info=event.info, memory=event.memory, seen_at=now)
         if not books.workers.active:
