@@ -27,7 +27,7 @@ from shared.messages import (
 
 LIVE = Constants(
     slice_tokens=16,
-    interval_floor_s=0.003,
+    interval_floor_s=0.0,
     gather_s=0.003,
     spread_batches=True,
     round_on_idle=True,

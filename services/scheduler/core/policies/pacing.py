@@ -54,10 +54,9 @@ def interval_s(least_load_s: float, constants: Constants) -> float:
 
 
 def _adaptive(clock: Clock, constants: Constants) -> float | None:
-    """After the interval; with `round_on_idle` at once while a worker has nothing to do."""
-    if constants.round_on_idle and clock.idle_workers:
-        return clock.gathered_at
-    wait_s = interval_s(clock.least_load_s, constants)
+    """After the interval; with `round_on_idle` after its floor while a worker has nothing to do."""
+    idle = constants.round_on_idle and clock.idle_workers > 0
+    wait_s = interval_s(0.0 if idle else clock.least_load_s, constants)
     return max(clock.gathered_at, clock.last_round_at + wait_s)
 
 
