@@ -31,13 +31,13 @@ serve: setup-serve ## the whole mesh on this machine, with the demo model, on PO
 	  $(if $(MODEL),--model $(MODEL)) $(if $(BUS),--bus '$(BUS)')
 
 test: setup-dev ## all tests; starts a private RabbitMQ, installing it where it is missing and it may
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(TESTS)
 
 check: setup-dev ## format, lint, types, imports, docs
 	@echo '[check] format'; $(BIN)/ruff format --check -q .
 	@echo '[check] lint'; $(BIN)/ruff check -q .
 	@echo '[check] types'; $(BIN)/mypy
-	@echo '[check] imports'; $(BIN)/lint-imports --no-logo | tail -n 3
+	@echo '[check] imports'; shown=$$($(BIN)/lint-imports --no-logo) || { echo "$$shown"; exit 1; }
 	@echo '[check] yaml'; $(BIN)/yamllint -s $$(git ls-files "*.yml" "*.yaml")
 	@echo '[check] shell'; bash -n $$(git ls-files '*.sh') .ci/run
 	@echo '[check] docs'; $(BIN)/python -m pytest -p no:cacheprovider tests/test_docs.py tests/test_architecture.py
