@@ -114,3 +114,13 @@ def test_settings_are_all_in_the_help() -> None:
 
 def test_generated_documents_are_up_to_date() -> None:
     assert list(documents.stale_pages()) == [], "run: make docs"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_metrics_exist(document: Path) -> None:
+    listed = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
+    names = re.findall(
+        r"`(tranche_\w+_(?:total|seconds|tokens|bytes|requests|ratio|workers))`", text
+    )
+    assert [name for name in names if f"`{name}`" not in listed] == []
