@@ -93,7 +93,9 @@ class Api:
         """From a request to its answer. Raises ApiError, ClientDisconnect."""
         received_at, received_s = self.link.now(), time.time()
         tenant = self.tenant_of(request)
-        body = await read_request(request, kind, self.settings.body_bytes_max)
+        body = await read_request(
+            request, kind, self.settings.body_bytes_max, self.settings.body_timeout_s
+        )
         if body.model != self.model.name:
             raise unknown_model(body.model, self.model.name)
         wishes = wishes_of(request)
@@ -125,6 +127,7 @@ class Api:
             self.link,
             stream=body.stream,
             keepalive_s=self.settings.keepalive_s,
+            write_timeout_s=self.settings.write_timeout_s,
             on_end=lambda call, status: self._ended(
                 call, status, span, received_s, stream=body.stream
             ),

@@ -1,5 +1,6 @@
 """The body of a request: bytes, JSON, and then the checked parameters. All that is wrong is 4xx."""
 
+import asyncio
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,8 +16,8 @@ SHOWN_MAX = 300
 _decoder = msgspec.json.Decoder()
 
 
-async def read_request(request: Request, kind: type[B], body_bytes_max: int) -> B:
-    """The checked body. Raises ApiError (400, 413, 415), ClientDisconnect."""
+async def read_request(request: Request, kind: type[B], body_bytes_max: int, timeout_s: float) -> B:
+    """The checked body. Raises ApiError (400, 408, 413, 415), ClientDisconnect."""
     content_type = request.headers.get("content-type", "application/json")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(
@@ -24,7 +25,13 @@ async def read_request(request: Request, kind: type[B], body_bytes_max: int) -> 
             "The body must be JSON: send 'content-type: application/json'.",
             code="unsupported_media_type",
         )
-    content = _parsed(await _read(request, body_bytes_max))
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _read(request, body_bytes_max)
+    except TimeoutError as error:
+        message = f"The body did not arrive within {timeout_s:g} s."
+        raise ApiError(408, message, code="body_timeout") from error
+    content = _parsed(body)
     try:
         parameters = kind.model_validate(content)
     except ValidationError as error:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from services.gateway.answers import DONE, KEEP_ALIVE, Writer, event
 from services.gateway.calls import Call
@@ -36,6 +36,7 @@ class CallResponse(Response):
         *,
         stream: bool,
         keepalive_s: float,
+        write_timeout_s: float,
         on_end: Callable[[Call, int], None],
     ) -> None:
         """`on_end(call, status)` is called exactly once; status 499: the client went away."""
@@ -46,6 +47,7 @@ class CallResponse(Response):
         self._link = link
         self._stream = stream
         self._keepalive_s = keepalive_s
+        self._write_timeout_s = write_timeout_s
         self._on_end = on_end
         self._gone = False
         self._started = False
@@ -73,6 +75,9 @@ class CallResponse(Response):
         except ApiError as error:
             await error_response(error)(scope, receive, send)
             return error.status
+        except TimeoutError:  # from `_send`: the connection is of no use any more
+            self._gone = True
+            return 499
 
     async def _watch(self, receive: Receive) -> None:
         """Notices that the client went away."""
@@ -94,8 +99,8 @@ class CallResponse(Response):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        start = {"type": "http.response.start", "status": 200, "headers": headers}
+        await self._send(send, start, {"type": "http.response.body", "body": body})
         return 200
 
     async def _write_stream(self, send: Send) -> int:
@@ -142,8 +147,14 @@ class CallResponse(Response):
         if not self._started:
             self._started = True
             start = {"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)}
-            await send(start)
-        await send({"type": "http.response.body", "body": events, "more_body": more})
+            await self._send(send, start)
+        await self._send(send, {"type": "http.response.body", "body": events, "more_body": more})
+
+    async def _send(self, send: Send, *messages: Message) -> None:
+        """Raises TimeoutError if the client takes nothing for too long."""
+        async with asyncio.timeout(self._write_timeout_s):
+            for message in messages:
+                await send(message)
 
 
 def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:

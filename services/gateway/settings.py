@@ -43,6 +43,10 @@ class GatewaySettings(ServiceSettings):
     """A comment line goes to a stream that has nothing else to say for so long."""
     stream_characters_max: int = Field(default=262_144, ge=1_024)
     """Text that waits for a slow reader; beyond, its request is cancelled."""
+    write_timeout_s: float = Field(default=60.0, gt=0.0)
+    """A client that takes nothing for so long is given up."""
+    body_timeout_s: float = Field(default=60.0, gt=0.0)
+    """A body must be here within this time."""
     gap_wait_s: float = Field(default=1.0, gt=0.0)
     """Missing tokens in front of later ones are asked for after so long."""
     silence_s: float = Field(default=5.0, gt=0.0)

@@ -2,8 +2,10 @@
 error."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -324,6 +326,49 @@ async def test_a_slow_reader_is_cancelled_and_others_go_on() -> None:
         assert stage.metric("tranche_gateway_slow_readers_total") == 1
         stage.mesh.plan = faithful
         assert (await stage.complete()).status_code == 200
+
+
+@contextlib.asynccontextmanager
+async def raw_request(
+    stage: Stage, head: bytes, receive_bytes: int = 4_096
+) -> AsyncIterator[socket.socket]:
+    """A connection that has sent these bytes and has room for little."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as connection:
+        connection.setblocking(False)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        await loop.sock_connect(connection, ("127.0.0.1", stage.settings.port))
+        await loop.sock_sendall(connection, head)
+        yield connection
+
+
+async def test_a_client_that_reads_nothing_is_given_up() -> None:
+    async with staged(write_timeout_s=0.3) as stage:
+
+        def chatty(spec: RequestSpec) -> list[Saying]:
+            """One event per token: the kernel's buffers fill."""
+            return [batch(spec, run) for run in runs_of(spec, [290] * 1_900, size=1)]
+
+        stage.mesh.plan = chatty
+        body = json.dumps(
+            {"model": "demo_model", "prompt": [5], "max_tokens": 1_900, "stream": True, "n": 16}
+        ).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += b"content-length: %d\r\n\r\n" % len(body)
+        async with raw_request(stage, head + body), asyncio.timeout(30):
+            while not stage.metric("tranche_gateway_disconnected_requests_total"):
+                await asyncio.sleep(0.02)
+        assert stage.metric("tranche_gateway_open_streams") == 0
+        assert stage.metric("tranche_gateway_open_requests") == 0
+
+
+async def test_a_body_that_never_comes_is_given_up() -> None:
+    async with staged(body_timeout_s=0.1) as stage:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        async with raw_request(stage, head + b"content-length: 50\r\n\r\n{") as connection:
+            answer = await asyncio.get_running_loop().sock_recv(connection, 4_096)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"body_timeout" in answer
 
 
 # ------------------------------------------------------------------------- the mesh comes and goes
