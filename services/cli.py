@@ -114,6 +114,12 @@ def _bench() -> Callable[..., None]:
     return bench
 
 
+def _replay() -> Callable[..., None]:
+    from services.replay_command import replay
+
+    return replay
+
+
 def _keys() -> Callable[..., None]:
     from services.gateway.keys import make_key
 
@@ -134,5 +140,6 @@ COMMANDS = {
     "estimator": Command("Learns how long outputs get.", lambda: _service("estimator")),
     "worker": Command("Holds the model and runs slices.", lambda: _service("worker")),
     "bench": Command("A workload against a live OpenAI-compatible server.", _bench),
+    "replay": Command("A recorded scheduler journal: are the decisions the same?", _replay),
     "keys": Command("Make an API key and its line for the gateway's key file.", _keys),
 }

@@ -1,0 +1,63 @@
+"""`tranche replay`: a recorded scheduler journal through the same core, or under another policy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.scheduler.core.presets import UnknownPreset
+from services.scheduler.core.replay import BadJournal, Difference
+from services.scheduler.core.replay import replay as replay_journal
+from shared.config import SetupError
+from shared.messages import SchedulerCommand
+
+DIFFERENT_EXIT_CODE = 3
+SHOWN_COMMANDS_MAX = 8
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="What a scheduler wrote with --journal FILE.")],
+    policy: Annotated[
+        str, typer.Option(help="Another preset: where would it first have acted otherwise?")
+    ] = "",
+) -> None:
+    """Run the recorded events through the core; exit code 3 at the first different decision.
+
+    Raises SetupError for a file that is no journal, or an unknown policy.
+    """
+    try:
+        steps, difference = replay_journal(file.read_bytes(), policy or None)
+    except (BadJournal, UnknownPreset) as error:
+        raise SetupError(f"{file}: {error}") from error
+    if difference is None:
+        typer.echo(f"{steps} steps, every decision the same")
+        return
+    typer.echo(described(difference))
+    raise typer.Exit(DIFFERENT_EXIT_CODE)
+
+
+def described(difference: Difference) -> str:
+    """The first different step for people; no prompt is shown."""
+    lines = [f"step {difference.step}, at {difference.now:.6f} s, differs"]
+    for title, commands in (
+        ("recorded", difference.recorded),
+        ("replayed", difference.replayed),
+    ):
+        lines.append(f"  {title}: {len(commands)} commands")
+        lines += [f"    {outline(command)}" for command in commands[:SHOWN_COMMANDS_MAX]]
+        if len(commands) > SHOWN_COMMANDS_MAX:
+            lines.append(f"    and {len(commands) - SHOWN_COMMANDS_MAX} more")
+    return "\n".join(lines)
+
+
+def outline(command: SchedulerCommand) -> str:
+    """The kind of a command and whom it concerns."""
+    named = []
+    for field in ("worker", "gateway", "batch_id", "request_id", "attempt", "reason", "iterations"):
+        value = getattr(command, field, None)
+        if value is not None:
+            named.append(f"{field} {value}")
+    orders = getattr(command, "orders", ())
+    if orders:
+        named.append(f"{len(orders)} orders")
+    return f"{type(command).__name__} {', '.join(named)}".rstrip()
