@@ -83,6 +83,13 @@ class SchedulerMetrics:
         self.vllm_kv_usage = gauge(
             "vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", *names
         )
+        self.vllm_queue_time = Histogram(
+            "vllm:request_queue_time_seconds",
+            "Time that a request waits for its first slice.",
+            names,
+            buckets=LATENCY_SECONDS,
+            registry=registry,
+        )
         self._expected: dict[str, float] = {}
         self._model = ""
 
@@ -95,6 +102,10 @@ class SchedulerMetrics:
                 self.batch_size.observe(len(command.orders))
                 for order in command.orders:
                     self.pool_wait.observe(order.pool_wait_s)
+                    if not order.tokens:
+                        self.vllm_queue_time.labels(order.spec.model, ENGINE).observe(
+                            order.pool_wait_s
+                        )
                 if len(self._expected) < EXPECTED_MAX:
                     self._expected[command.batch_id] = command.expected_s
             case Rejected():

@@ -193,6 +193,9 @@ def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
     form = books.preset.form
     if spec.max_tokens < 1 or len(spec.prompt) % tokens.TOKEN_BYTES:
         return _rejected(books, spec, "too_long", "max_tokens below 1, or a malformed prompt")
+    if workers and spec.model != books.workers.model:
+        detail = f"the workers serve {books.workers.model!r}, not {spec.model!r}"
+        return _rejected(books, spec, "unknown_model", detail)
     if workers and not any(form in worker.info.forms for worker in workers):
         return _rejected(books, spec, "no_worker", advice(books))
     share = books.constants.memory_share
@@ -210,8 +213,14 @@ def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
 
 
 def advice(books: Books) -> str:
-    """What to do about workers that cannot run this policy's slices; empty if some can."""
+    """What to do about workers that cannot be used; empty if all is well."""
     form = books.preset.form
+    if books.workers.foreign is not None:
+        name, model = books.workers.foreign
+        return (
+            f"worker {name!r} serves {model!r} and gets no work, because this mesh serves "
+            f"{books.workers.model!r}; give each model a broker or virtual host of its own"
+        )
     workers = books.workers.active.values()
     if not workers or any(form in worker.info.forms for worker in workers):
         return ""

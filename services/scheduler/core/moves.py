@@ -106,7 +106,7 @@ def give_up(
     request: Request,
     detail: str,
     now: float,
-    reason: Literal["no_worker", "too_long"] = "no_worker",
+    reason: Literal["no_worker", "too_long", "unknown_model"] = "no_worker",
 ) -> None:
     """It cannot be served; its gateway is told so."""
     answer = Rejected(

@@ -119,6 +119,8 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
         books.workers.lost.pop(name, None)
         return
     worker = books.workers.active.get(name)
+    if worker is None and not _same_model(books, event, now):
+        return
     news = worker is None or worker.draining != event.draining
     books.stirred |= news or event.residents_listed
     if worker is None:
@@ -132,6 +134,22 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
     worker.draining = event.draining
     if event.residents_listed:
         _listed(books, worker, event.residents, now)
+
+
+def _same_model(books: Books, event: WorkerBeat, now: float) -> bool:
+    """Whether a new worker belongs to this mesh. The first one decides the model; requests for
+    another, left from before, cannot be served any more."""
+    model = event.info.model
+    if books.workers.active and books.workers.model != model:
+        books.workers.foreign = (event.info.name, model)
+        return False
+    books.workers.foreign = None
+    if not books.workers.active:
+        for request in list(books.requests.pool.values()):
+            if request.spec.model != model:
+                detail = f"this mesh serves {model!r} now"
+                moves.give_up(books, request, detail, now, reason="unknown_model")
+    return True
 
 
 def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: float) -> None:

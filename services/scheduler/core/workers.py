@@ -57,6 +57,15 @@ class Workers:
     lost: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """What (request, attempt) a lost worker may still be running, should it come back."""
 
+    foreign: tuple[str, str] | None = None
+    """The last worker that was not taken in, and its model: a mesh serves one model."""
+
+    @property
+    def model(self) -> str:
+        """What this mesh serves: the model of the worker that is here longest; empty: none is."""
+        first = next(iter(self.active.values()), None)
+        return first.info.model if first else ""
+
     def usable(self, form: Form, now: float) -> list[Worker]:
         """Those that may be given orders now."""
         return [
