@@ -251,7 +251,7 @@ async def test_a_worker_whose_queue_is_gone_is_lost(mesh: Mesh) -> None:
     gone = MemoryBus(mesh.broker)
     await gone.open()
     info = WorkerInfo(
-        worker="w9", name="w9", engine="x", forms=("closed",), model="m", context_tokens_max=1024
+        worker="w9", name="w9", engine="x", forms=("closed",), model="demo", context_tokens_max=1024
     )
     async with mesh.scheduler():
         await mesh.say(WorkerBeat(info=info, memory=MEMORY), from_worker("w9"))
