@@ -89,7 +89,7 @@ class Parameters(Body):
     )
     min_p: Annotated[float, default_for_null(0.0)] = Field(default=0.0, ge=0.0, le=1.0)
     repetition_penalty: Annotated[float, default_for_null(1.0)] = Field(
-        default=1.0, gt=0.0, le=10.0
+        default=1.0, ge=0.01, le=10.0
     )
     min_tokens: Annotated[int, default_for_null(0)] = Field(
         default=0, ge=0, le=TOKEN_ID_MAX, description="No end before so many output tokens."

@@ -22,6 +22,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this choose the most likely token."""
 LOGPROB_MIN = -9999.0
 """Stands for minus infinity, which JSON does not know; the value that OpenAI uses."""
+SCORE_MAX = 1e30
+"""Finite in float32, also after a division by the smallest temperature."""
 _MASK = (1 << 64) - 1
 _FORBIDDEN = float("-inf")
 
@@ -108,7 +110,9 @@ class BatchSampler:
             for i in self._drawn
         ]
         drawn = torch.tensor(draws, dtype=torch.float64, device=self._device).unsqueeze(1)
-        return torch.searchsorted(edges, drawn * edges[:, -1:], right=True).squeeze(1)
+        found = torch.searchsorted(edges, drawn * edges[:, -1:], right=True).squeeze(1)
+        # A model in a narrow type can overflow to NaN: an odd token then, but no broken batch.
+        return found.clamp_(max=edges.shape[1] - 1)
 
     def _logprobs(self, scores: Tensor, chosen: list[int]) -> dict[int, TokenLogprobs]:
         rows = self._wants_logprobs
@@ -263,6 +267,8 @@ class _LogitEdits:
             scores[self._counted] -= (
                 self._frequency * self._counts + self._presence * (self._counts > 0).float()
             )
+        # Extreme penalties overflow; an infinite score would make NaN of its whole row.
+        scores.nan_to_num_(nan=-SCORE_MAX, posinf=SCORE_MAX, neginf=-SCORE_MAX)
         if self._restricted:
             scores[self._restricted] = scores[self._restricted].masked_fill(
                 self._barred, _FORBIDDEN

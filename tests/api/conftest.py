@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
 from services.gateway.service import serve
 from services.gateway.settings import GatewaySettings
@@ -125,7 +126,7 @@ def live_gateway() -> Iterator[LiveGateway]:
             while not over.is_set():
                 await asyncio.sleep(0.05)
 
-    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread = threading.Thread(target=uvloop.run, args=(main(),), daemon=True)
     thread.start()
     assert ready.wait(READY_S), "the gateway did not become ready"
     yield found[0]

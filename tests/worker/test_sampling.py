@@ -153,3 +153,24 @@ def test_describe_logprobs_of_several_wishes() -> None:
     assert (none.top_ids, none.top_logprobs) == (b"", ())
     assert unpack(two.top_ids) == [5, 4]
     assert two.top_logprobs[0] == two.chosen
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e300])
+def test_an_overflowing_penalty_chooses_a_token_all_the_same(penalty: float) -> None:
+    sampling = Sampling(temperature=1.0, seed=3, repetition_penalty=penalty)
+    row = SamplingRow(sampling, 0, (1, 2), (3,))
+    mate = SamplingRow(Sampling(temperature=1.0, seed=4), 0, (1,), ())
+    logits = torch.tensor([[0.5, 2.0, -3.0, 1.0]] * 2)
+    together = BatchSampler([row, mate], 4, (), torch.device("cpu")).choose(logits.clone())
+    alone = BatchSampler([mate], 4, (), torch.device("cpu")).choose(logits[:1].clone())
+    assert 0 <= together.ids[0] < 4
+    assert together.ids[1] == alone.ids[0]
+
+
+def test_not_a_number_from_the_model_is_a_token_and_spares_its_mates() -> None:
+    rows = [SamplingRow(Sampling(temperature=1.0, seed=s), 0, (1,), ()) for s in (1, 2)]
+    logits = torch.tensor([[float("nan")] * 4, [0.5, 2.0, -3.0, 1.0]])
+    together = BatchSampler(rows, 4, (), torch.device("cpu")).choose(logits.clone())
+    alone = BatchSampler(rows[1:], 4, (), torch.device("cpu")).choose(logits[1:].clone())
+    assert 0 <= together.ids[0] < 4
+    assert together.ids[1] == alone.ids[0]
