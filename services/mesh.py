@@ -26,6 +26,7 @@ from services.process import run_until_signalled, serve_one
 from services.scheduler.settings import SchedulerSettings
 from services.worker.settings import WorkerSettings
 from shared.config import ServiceSettings, SetupError
+from shared.model_name import names_folder
 from shared.telemetry.ops import listen
 
 READY_POLL_S = 0.05
@@ -35,13 +36,15 @@ WORKER_READY_METRIC = "tranche_kv_capacity_tokens"
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
 
+LOADING = "Tranche starts: loading the model {model}; this takes a few seconds, large models longer."
 BANNER = """
 Tranche is ready after {seconds:.1f} s:  {url}
   model {model}   policy {policy}   engine {engine}   workers {workers}   bus {bus}
 
 Try it:
   curl -N {url}/v1/completions -H 'content-type: application/json' \\
-    -d '{{"model": "{model}", "prompt": "ROMEO:\\n", "max_tokens": 200, "stream": true}}'
+    -d '{{"model": "{model}", "prompt": "ROMEO:\\n", "max_tokens": 200, \
+         "temperature": 0.7, "stream": true}}'
 
 Ctrl-C ends it, after the requests that run.
 """
@@ -68,6 +71,7 @@ def run_mesh(settings: MeshSettings) -> None:
     mesh = plan(settings)
     listen(mesh.gateway.host, mesh.gateway.port).close()  # better now than after loading models
     started = time.monotonic()
+    print(LOADING.format(model=mesh.workers[0].served_name()), file=sys.stderr, flush=True)  # noqa: T201
 
     def announce() -> None:
         print(banner(mesh, time.monotonic() - started), file=sys.stderr, flush=True)  # noqa: T201
@@ -138,8 +142,7 @@ def _load(kind: type[Settings], **values: Any) -> Settings:
 
 def checked_model(model: str) -> str:
     """The model, if it is a hub id or a folder that holds one. Raises SetupError."""
-    is_path = model.startswith((".", "/", "~")) or Path(model).is_dir()
-    if not is_path:
+    if not names_folder(model):
         return model
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():

@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from shared.config import ServiceSettings, settings_config
+from shared.model_name import served_name
 
 
 class GatewaySettings(ServiceSettings):
@@ -62,7 +63,4 @@ class GatewaySettings(ServiceSettings):
 
     def served_name(self) -> str:
         """The model's name in requests."""
-        if self.served_model_name:
-            return self.served_model_name
-        folder = self.model.rstrip("/")
-        return folder.rsplit("/", 1)[-1] if folder.startswith((".", "/")) else folder
+        return served_name(self.model, self.served_model_name)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from shared.config import ServiceSettings, settings_config
+from shared.model_name import served_name
 
 Device = Literal["auto", "cpu", "cuda"]
 DataType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,7 +20,7 @@ class WorkerSettings(ServiceSettings):
 
     name: str = Field(default_factory=socket.gethostname)
     """Shown in metrics, traces and on the dashboard; its queue adds a random part. Default: the
-    host's name, which tells scaled containers apart."""
+    host's name, which tells scaled containers apart; give each of several on one host its own."""
     model: str = ""
     """A folder, or an id on the model hub, of a causal language model of transformers."""
     model_name: str = ""
@@ -27,13 +28,14 @@ class WorkerSettings(ServiceSettings):
     revision: str = ""
     """A branch, tag or commit of a hub model; empty: the default branch."""
     engine: str = "padded"
-    """What runs the slices; an unknown name lists all."""
+    """What runs the slices: padded."""
     device: Device = "auto"
     """auto: CUDA where there is one."""
     dtype: DataType = "auto"
     """auto: the checkpoint's own type on CUDA, float32 on a CPU."""
     torch_threads: int = Field(default=0, ge=0)
-    """Threads for arithmetic on the CPU; 0: PyTorch's own choice, which is every core."""
+    """Threads for arithmetic on the CPU; 0: PyTorch's own choice, which is every core;
+    give less where other workers or programs run on the same machine."""
 
     context_tokens_max: int = Field(default=0, ge=0)
     """Longest prompt plus output; 0: the model's own limit."""
@@ -50,7 +52,4 @@ class WorkerSettings(ServiceSettings):
 
     def served_name(self) -> str:
         """The model's name in requests."""
-        if self.model_name:
-            return self.model_name
-        folder = self.model.rstrip("/")
-        return folder.rsplit("/", 1)[-1] if folder.startswith((".", "/")) else folder
+        return served_name(self.model, self.model_name)

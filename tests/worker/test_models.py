@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2Model, T5Config
 
+from services.gateway.settings import GatewaySettings
 from services.worker.engines.registry import UnknownEngine, engine_maker
 from services.worker.memory import device_memory, kv_capacity_tokens
 from services.worker.models import ModelError, end_tokens, load_model
@@ -131,6 +132,20 @@ def test_cuda_where_there_is_none(llama: Path) -> None:
 )
 def test_the_served_name(model: str, name: str) -> None:
     assert settings_for(model).served_name() == name
+
+
+@pytest.mark.parametrize(
+    "written", ["models/tiny", "models/tiny/", "./models/tiny", "{cwd}/models/tiny"]
+)
+def test_a_folder_has_one_name_however_it_is_written(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = written.format(cwd=tmp_path)
+    assert WorkerSettings(model=model).served_name() == "tiny"
+    assert GatewaySettings(model=model).served_name() == "tiny"
+    assert GatewaySettings(model=model, served_model_name="given").served_name() == "given"
 
 
 def test_kv_capacity(llama: Path) -> None:
