@@ -15,15 +15,13 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from shared.bus.api import Bus
-from shared.config import ServiceSettings, SetupError, mask_url
+from shared.config import ServiceSettings, SetupError
 from shared.telemetry import setup
 from shared.telemetry.metered_bus import make_metered_bus
 from shared.telemetry.setup import Telemetry
 
 SERVICES = ("gateway", "scheduler", "estimator", "worker")
 HARD_EXIT_CODE = 130
-BUS_NOTICE_S = 3.0
-"""After so long without a broker the log says that we wait for it."""
 _importing = threading.Lock()
 """One at a time: large packages that import each other from two threads may see each other half
 made."""
@@ -99,13 +97,7 @@ async def open_bus(
     opening = asyncio.ensure_future(bus.open())
     stopping = asyncio.ensure_future(stop.wait())
     try:
-        both = (opening, stopping)
-        done, _ = await asyncio.wait(
-            both, timeout=BUS_NOTICE_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not done:
-            telemetry.log.warning("no broker yet", bus=mask_url(settings.bus))
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
             opening.result()
         yield bus

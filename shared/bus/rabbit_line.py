@@ -12,11 +12,17 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import structlog
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelPreconditionFailed
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    AuthenticationError,
+    ChannelPreconditionFailed,
+    ProbableAuthenticationError,
+)
 from aio_pika.robust_connection import RobustConnection
 from aiormq import Channel
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     RetryError,
     retry_if_exception_type,
     stop_after_delay,
@@ -40,6 +46,8 @@ CLOSE_TIMEOUT_S = 2.0
 """For a polite goodbye; after it the socket is just dropped."""
 BACKOFF = wait_random_exponential(multiplier=0.1, max=2.0)
 """Full jitter, so that a restarted broker is not met by all services at once."""
+NOTICE_S = 10.0
+"""While there is no broker, the log says so, and why, this often; first after a fifth of it."""
 
 
 class LineLost(Exception):
@@ -64,17 +72,38 @@ def line_errors() -> Iterator[None]:
         raise LineLost("the connection was torn down") from error
 
 
-async def connect(url: str, name: str, deadline_s: float) -> RobustConnection:
-    """A connection that reconnects by itself from now on. Raises BusUnavailable.
+async def connect(
+    url: str, name: str, deadline_s: float, notice_s: float = NOTICE_S
+) -> RobustConnection:
+    """A connection that reconnects by itself from now on. Raises BusUnavailable, at once if the
+    broker does not know the user or the password.
 
     The first connection has to be retried here: aio-pika only brings back one that was there.
     """
     address = URL(url)
+    shown = address.with_password("***") if address.password else address
+    notice_at_s = notice_s / 5
+
+    def notice(state: RetryCallState) -> None:
+        nonlocal notice_at_s
+        waited_s = state.seconds_since_start or 0.0
+        if waited_s >= notice_at_s:
+            notice_at_s = waited_s + notice_s
+            cause = state.outcome.exception() if state.outcome else None
+            _log.warning(
+                "no broker yet",
+                bus=str(shown),
+                cause=str(cause),
+                waited_s=round(waited_s, 1),
+                connection=name,
+            )
+
     query = {"heartbeat": str(HEARTBEAT_S), "name": name, **address.query}
     retrying = AsyncRetrying(
         wait=BACKOFF,
         stop=stop_after_delay(deadline_s),
         retry=retry_if_exception_type(LineLost),
+        before_sleep=notice,
     )
     try:
         async for attempt in retrying:
@@ -83,7 +112,6 @@ async def connect(url: str, name: str, deadline_s: float) -> RobustConnection:
                     address.with_query(query), min(ATTEMPT_TIMEOUT_S, deadline_s)
                 )
     except RetryError as error:
-        shown = address.with_password("***") if address.password else address
         cause = error.last_attempt.exception()
         raise BusUnavailable(
             f"no connection to {shown} within {deadline_s:g} s: {cause}"
@@ -97,6 +125,15 @@ async def _connect_once(address: URL, timeout_s: float) -> RobustConnection:
     try:
         with line_errors():
             await connection.connect(timeout=timeout_s)
+    except LineLost as error:
+        await hang_up(connection)
+        if isinstance(error.__cause__, AuthenticationError | ProbableAuthenticationError):
+            # Waiting does not help.
+            raise BusUnavailable(
+                f"the broker at {address.host}:{address.port} refuses user {address.user!r} with "
+                f"this password; put --bus right: {error}"
+            ) from error
+        raise
     except BaseException:
         await hang_up(connection)
         raise

@@ -1,13 +1,17 @@
 """RabbitMQ only: lines that are cut, brokers that are gone, queues that somebody deletes."""
 
 import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator
 
 import aio_pika
 import pytest
+from structlog.testing import capture_logs
 
 from shared.bus.api import Address, BusUnavailable, Delivery, QueueSpec, Unroutable
 from shared.bus.connect import make_bus
+from shared.bus.rabbit_line import connect
 from shared.bus.topology import ORDERS, SCHEDULER_QUEUE, from_gateway, worker_queue
 from tests.bus.line import Line
 from tests.bus.place import Inbox, RabbitPlace, eventually, numbered
@@ -52,10 +56,27 @@ async def test_the_bus_waits_for_a_broker_that_comes_later(line: Line) -> None:
     await bus.close()
 
 
-async def test_a_wrong_password_is_said_plainly(broker_url: str) -> None:
+async def test_a_wrong_password_is_said_plainly_and_at_once(broker_url: str) -> None:
     bus = make_bus(broker_url.replace("guest:guest", "guest:wrong"), service="test")
-    with pytest.raises(BusUnavailable, match="ACCESS_REFUSED"):
-        await bus.open(deadline_s=0.5)
+    async with asyncio.timeout(10):
+        with pytest.raises(BusUnavailable, match=r"refuses user 'guest'.*ACCESS_REFUSED"):
+            await bus.open(deadline_s=60.0)
+
+
+@pytest.mark.parametrize(
+    ("host", "cause"),
+    [("127.0.0.1:{port}", "Connect"), ("nobody.invalid:5672", "not known|resolution")],
+)
+async def test_waiting_for_a_broker_says_why_again_and_again(host: str, cause: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]  # nobody answers here once it is closed
+    url = f"amqp://guest:guest@{host.format(port=port)}/"
+    with capture_logs() as logs, pytest.raises(BusUnavailable, match=cause):
+        await connect(url, "test", deadline_s=2.0, notice_s=0.2)
+    notices = [line for line in logs if line["event"] == "no broker yet"]
+    assert len(notices) >= 2
+    assert all(re.search(cause, line["cause"]) for line in notices)
+    assert "guest:guest" not in str(logs)
 
 
 async def test_nothing_is_lost_while_the_line_is_cut_again_and_again(
