@@ -6,17 +6,25 @@ boot would grow without bound.
 
 import time
 from collections.abc import Callable, Mapping
+from typing import get_args
 from weakref import WeakSet
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.bus.api import Address, Bus, BusError, Delivery, Handler, QueueSpec, Subscription
 from shared.bus.connect import make_bus
-from shared.messages import Message
+from shared.messages import Message, ToEstimator, ToGateway, ToScheduler, ToWorker
 from shared.telemetry.metrics import LATENCY_SECONDS, MESSAGE_SECONDS, metrics_for
 
 _BASE_WORDS = 2
 """`tranche.<service>`: what a queue's base name keeps of an exclusive queue's name."""
+_READ = {
+    "tranche.scheduler": get_args(ToScheduler),
+    "tranche.gateway": get_args(ToGateway),
+    "tranche.worker": get_args(ToWorker),
+    "tranche.estimator": get_args(ToEstimator),
+}
+"""What each queue brings, by its base name."""
 
 
 class BusMetrics:
@@ -103,6 +111,13 @@ class BusMetrics:
         )
         bus.on_reconnect(self.reconnects.labels(service).inc)
 
+    def expect(self, service: str, queue: str) -> None:
+        """The queue of this base name is read from now on: its errors are 0, not absent, so that
+        the first one shows as an increase."""
+        self.dead_lettered.labels(service, queue)
+        for kind in _READ.get(queue, ()):
+            self.handler_errors.labels(service, queue, kind.__name__)
+
     def count_dead_letter(self, service: str, queue: str) -> None:
         """One more message condemned from the queue of this (full) name."""
         self.dead_lettered.labels(service, base_name(queue)).inc()
@@ -157,7 +172,9 @@ class MeteredBus:
         self._metrics.published.labels(*labels, type(message).__name__).inc()
 
     async def consume(self, queue: QueueSpec, handler: Handler) -> Subscription:
-        return await self._bus.consume(queue, self._metered(base_name(queue.name), handler))
+        name = base_name(queue.name)
+        self._metrics.expect(self._service, name)
+        return await self._bus.consume(queue, self._metered(name, handler))
 
     async def declare(self, queue: QueueSpec) -> None:
         await self._bus.declare(queue)

@@ -123,6 +123,18 @@ async def test_dead_letters_are_counted_by_base_name() -> None:
     await bus.close()
 
 
+async def test_errors_are_zero_before_the_first_one(bench: Bench) -> None:
+    async def handler(delivery: Delivery) -> None:
+        raise AssertionError(delivery)
+
+    await bench.bus.consume(worker_queue("w-1"), handler)
+    labels = {"service": "worker", "queue": "tranche.worker"}
+    value = bench.registry.get_sample_value
+    assert value("tranche_bus_dead_lettered_messages_total", labels) == 0
+    for kind in ("RunSlice", "SchedulerBeat", "FinishAck"):
+        assert value("tranche_bus_handler_errors_total", {**labels, "message": kind}) == 0
+
+
 class Reconnecting:
     """A bus that only reconnects."""
 
