@@ -20,14 +20,16 @@ from sim.workload import Workload, WorkloadError, make_workload
 
 
 def bench(
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8000.")],
+    url: Annotated[
+        str, typer.Option(help="The server, such as http://127.0.0.1:8000, with or without /v1.")
+    ],
     trace: Annotated[
         Path, typer.Option(help="Trace or length table (.csv, .parquet), or prompts (.jsonl).")
     ],
     model: Annotated[str, typer.Option(help="Default: the first model the server names.")] = "",
     chat: Annotated[bool, typer.Option(help="Ask /v1/chat/completions.")] = False,
     lengths: Annotated[
-        str,
+        Lengths,
         typer.Option(
             help="exact: as recorded, by max_tokens and ignore_eos (the server is told the "
             "length); natural: the model ends by itself."
@@ -57,9 +59,6 @@ def bench(
     console = Console()
     try:
         objectives = parse_slo(slo)
-        if lengths not in ("exact", "natural"):
-            raise WorkloadError("--lengths is exact or natural")
-        kind: Lengths = "natural" if lengths == "natural" else "exact"
         workload = make_workload(
             trace,
             limit=limit,
@@ -71,10 +70,10 @@ def bench(
             seed=seed,
         )
         options = LoadOptions(
-            url=url.rstrip("/"),
+            url=base_of(url),
             model=model,
             endpoint="chat" if chat else "completions",
-            lengths=kind,
+            lengths=lengths,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
@@ -87,7 +86,7 @@ def bench(
     except httpx.HTTPError as error:
         console.print(f"{url} does not answer as an OpenAI-compatible server: {error!r}")
         raise typer.Exit(1) from error
-    notes = {"lengths": kind, "seed": str(seed), "url": url}
+    notes = {"lengths": lengths, "seed": str(seed), "url": url}
     report = with_server_counts(
         summarise(
             records,
@@ -100,6 +99,11 @@ def bench(
         counts,
     )
     _publish(report, json_file, console)
+
+
+def base_of(url: str) -> str:
+    """The server without the /v1 that OpenAI's clients want in their base URL."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 async def drive(

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from typer.testing import CliRunner
 
+from bench.cli import base_of, bench
 from bench.load import LoadOptions, find_model, run_load
 from sim.report import Record
 from sim.workload import make_workload
@@ -120,3 +123,18 @@ async def test_refusals_and_cut_streams_are_told_apart(lengths: Path) -> None:
     assert records[4].detail.startswith("429")
     assert (records[6].outcome, records[6].output_tokens) == ("failed", 1)
     assert "cut" in records[6].detail
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_the_url_may_be_the_one_of_openai_clients(ending: str) -> None:
+    assert base_of(f"http://127.0.0.1:8000{ending}") == "http://127.0.0.1:8000"
+
+
+def test_a_choice_of_lengths_that_is_none_is_refused_with_the_choices(lengths: Path) -> None:
+    app = typer.Typer()
+    app.command()(bench)
+    told = ["--url", "http://x", "--trace", str(lengths), "--lengths", "half"]
+    shown = CliRunner().invoke(app, told)
+    assert shown.exit_code == 2
+    assert "exact" in shown.output
+    assert "natural" in shown.output
