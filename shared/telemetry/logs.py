@@ -27,6 +27,8 @@ LEVELS: Mapping[LogLevel, int] = {
 }
 OWN_PACKAGES = ("shared", "services", "sim", "bench")
 NOISY_LIBRARIES = ("uvicorn", "uvicorn.access", "uvicorn.error", "aio_pika", "aiormq")
+COMPANIONS: Mapping[str, tuple[str, ...]] = {"transformers": ("huggingface_hub",)}
+"""Libraries that come in with another and bring a handler of their own too."""
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
@@ -80,11 +82,12 @@ def configure_logs(service: str, boot_id: str, level: LogLevel, log_format: LogF
 
 
 def adopt_logger(library: str) -> None:
-    """Take a library's own handlers away, so that its records come to ours. transformers installs
-    its handler at import: call this for it afterwards."""
-    logger = logging.getLogger(library)
-    logger.handlers.clear()
-    logger.propagate = True
+    """Take a library's own handlers away, and its companions', so that their records come to ours,
+    once. transformers and its hub client install handlers at import: call this afterwards."""
+    for name in (library, *COMPANIONS.get(library, ())):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def service_logger(service: str, boot_id: str) -> structlog.stdlib.BoundLogger:

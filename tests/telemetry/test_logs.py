@@ -147,6 +147,15 @@ def test_a_library_that_comes_with_its_own_handler(capsys: pytest.CaptureFixture
     assert [line["event"] for line in lines_of(capsys)] == ["once"]
 
 
+def test_the_hub_client_of_transformers_speaks_once(capsys: pytest.CaptureFixture[str]) -> None:
+    start(LoudSettings(), "loud-1")
+    client = logging.getLogger("huggingface_hub")
+    client.addHandler(logging.StreamHandler())
+    adopt_logger("transformers")
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 2s")
+    assert [line["event"] for line in lines_of(capsys)] == ["Retrying in 2s"]
+
+
 def test_a_traceback_is_one_line_without_the_password(capsys: pytest.CaptureFixture[str]) -> None:
     telemetry = start(LoudSettings(), "loud-7f")
     try:
