@@ -142,8 +142,14 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
                     except ValueError as error:
                         raise WorkloadError(f"{path}: a line is not JSON: {error}") from error
         case ".parquet":
-            import pyarrow.parquet as parquet
-
+            # On demand: a large package, and only these files need it.
+            try:
+                import pyarrow.parquet as parquet
+            except ModuleNotFoundError as error:
+                raise WorkloadError(
+                    f"{path}: Parquet needs pyarrow: "
+                    ".venv/bin/pip install -c constraints.txt pyarrow (or give a .csv)"
+                ) from error
             for batch in parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
         case other:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with what is asked for: `venv.sh serve` (the four services) or `venv.sh dev` (tests and checks too).
+# Makes .venv with what is asked for: `venv.sh serve` (the services and `tranche bench`) or `venv.sh dev` (tests too).
 #
 # A stamp keyed on the pinned versions makes a second call free. Settings from the environment:
 #   PYTHON  the interpreter to build on (3.11 or newer); default: the first that fits

@@ -1,5 +1,6 @@
 """Workload files become items with the arrivals and caps that were asked for."""
 
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,6 +52,16 @@ def test_parquet_equals_csv(trace: Path, tmp_path: Path) -> None:
     )
     parquet.write_table(table, tmp_path / "trace.parquet")
     assert make_workload(tmp_path / "trace.parquet").items == make_workload(trace).items
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    path = tmp_path / "trace.parquet"
+    path.touch()
+    with pytest.raises(WorkloadError, match=r"pip install .*pyarrow"):
+        make_workload(path)
 
 
 def test_prompts_of_each_known_shape(tmp_path: Path) -> None:
