@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
+DISTRIBUTION = "tranche"
 FAILURE_EXIT_CODE = 1
 
 
@@ -45,6 +47,7 @@ def app(chosen: str) -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Tranche serves large language models slice by slice.",
     )
+    commands.callback()(_before_any_command)
     for name, command in COMMANDS.items():
         function = command.load() if name == chosen else _named_only
         commands.command(name, help=command.summary)(function)
@@ -85,6 +88,21 @@ def _expected_errors() -> tuple[type[BaseException], ...]:
     return (SetupError, BusError, OSError)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tranche {installed_version(DISTRIBUTION)}")
+        raise typer.Exit
+
+
+def _before_any_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version),
+    ] = False,
+) -> None:
+    """Nothing: the option alone does its work."""
+
+
 def _named_only() -> None:
     raise AssertionError("only the chosen command is ever called")
 
@@ -110,7 +128,9 @@ def _bench() -> Callable[..., None]:
     except ModuleNotFoundError as error:
         from shared.config import SetupError
 
-        raise SetupError(f"{error}; tranche bench needs: pip install 'tranche[bench]'") from error
+        raise SetupError(
+            f"{error}; tranche bench needs: .venv/bin/pip install -c constraints.txt -e '.[bench]'"
+        ) from error
     return bench
 
 

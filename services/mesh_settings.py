@@ -26,9 +26,9 @@ class MeshSettings(CommandSettings):
     workers: int = Field(default=1, ge=1, le=WORKERS_MAX)
     """How many workers, all in this process."""
     policy: str | None = None
-    """Scheduling preset (default: the scheduler's)."""
+    """Scheduling preset: sls, so, pm, ab, lb or scls (default: the scheduler's)."""
     engine: str | None = None
-    """What runs the slices (default: the worker's)."""
+    """What runs the slices: padded (default: the worker's)."""
     slice_tokens: int | None = Field(default=None, ge=1)
     """S, the most new tokens of one slice (default: the policy's)."""
     set: dict[str, str] = {}

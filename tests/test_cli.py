@@ -1,9 +1,11 @@
 """The command line: what it knows, how fast it answers, and what it says to mistakes."""
 
+import re
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from services.cli import COMMANDS, explain, main
 from services.options import load_settings, pairs
 from services.process import SERVICES, settings_class
+from services.scheduler.core.presets import PRESETS
+from services.worker.engines.registry import ENGINES
 from shared.bus.api import BusUnavailable
 from shared.config import SetupError
 
@@ -73,6 +77,24 @@ def test_the_overview_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not set(HEAVY) & set(shown.stdout.split())
+
+
+def test_the_version_is_that_of_the_project(tranche: Tranche) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    shown = tranche("--version")
+    assert shown.code == 0, shown.err
+    assert shown.out == f"tranche {project['version']}\n"
+
+
+def test_the_help_of_serve_names_all_policies_and_engines(tranche: Tranche) -> None:
+    words = set(re.findall(r"[\w-]+", tranche("serve", "--help").out))
+    assert {*PRESETS, *ENGINES} <= words
+
+
+def test_bench_shows_its_help(tranche: Tranche) -> None:
+    shown = tranche("bench", "--help")
+    assert shown.code == 0, shown.err
+    assert "--trace" in shown.out
 
 
 @pytest.mark.parametrize("service", SERVICES)
