@@ -299,6 +299,8 @@ class SchedulerBeat(Message, frozen=True, kw_only=True):
     """The longest prompt plus output that every worker can hold; 0 while there is none."""
     predicted_wait_s: float = 0.0
     """How long a request submitted now would wait for its first slice."""
+    advice: str = ""
+    """What to do about workers that are there but cannot be used; empty if all is well."""
 
 
 # --------------------------------------------------------------------------- scheduler to worker

@@ -3,10 +3,11 @@
 Nothing waits here. Who cannot be served soon hears it at once, with the time to come back.
 """
 
+import math
 from collections import Counter
 
 from services.gateway.calls import Call
-from services.gateway.errors import busy, unavailable
+from services.gateway.errors import NO_WORKER, ApiError, busy, unavailable
 from services.gateway.link import MeshLink
 from services.gateway.orders import Wishes
 from services.gateway.settings import GatewaySettings
@@ -25,9 +26,20 @@ class Admission:
         self.draining = False
 
     @property
-    def ready(self) -> bool:
-        """Whether a request would be let in now, limits aside."""
-        return not self.draining and self._link.ready
+    def obstacle(self) -> ApiError | None:
+        """Why no request can be served now, limits aside; None: it can. 503."""
+        if self.draining:
+            return unavailable("This gateway is shutting down. Try again.", RETRY_MIN_S)
+        if not self._link.connected:
+            return unavailable("The mesh is starting, or its scheduler cannot be reached.")
+        workerless_s = self._link.workerless_s
+        if workerless_s is None:
+            return None
+        if self._link.advice:
+            return unavailable(f"No worker can be used: {self._link.advice}.", code=NO_WORKER)
+        if math.isinf(workerless_s):
+            return unavailable("No worker has its model loaded yet.", code=NO_WORKER)
+        return unavailable(f"No worker has been there for {workerless_s:.0f} s.", code=NO_WORKER)
 
     @property
     def open_choices(self) -> int:
@@ -35,11 +47,13 @@ class Admission:
         return self._open
 
     def check_ready(self) -> None:
-        """Raises ApiError (503) while nobody can serve."""
-        if self.draining:
-            raise unavailable("This gateway is shutting down. Try again.", RETRY_MIN_S)
-        if not self._link.ready:
-            raise unavailable("The scheduler is not there right now. Try again later.")
+        """Raises ApiError (503) while nobody can serve; a worker may be away for a while."""
+        obstacle = self.obstacle
+        if obstacle is None:
+            return
+        away_s = self._link.workerless_s or 0.0
+        if obstacle.code != NO_WORKER or away_s > self._settings.worker_grace_s:
+            raise obstacle
 
     def enter(self, call: Call, wishes: Wishes) -> None:
         """Lets a call in. Raises ApiError (429, 503); otherwise `leave` must follow."""

@@ -225,8 +225,10 @@ def make_app(api: Api) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     async def ready() -> Response:
-        is_ready = api.admission.ready
-        return JSONResponse({"ready": is_ready}, status_code=200 if is_ready else 503)
+        obstacle = api.admission.obstacle
+        if obstacle is None:
+            return JSONResponse({"ready": True})
+        return JSONResponse({"ready": False, "reason": obstacle.message}, obstacle.status)
 
     async def metrics() -> Response:
         return metrics_response(api.telemetry.registry)

@@ -15,6 +15,10 @@ RETRY_AFTER_MAX_S = 120.0
 """OpenAI's client gives up on longer ones."""
 UNAVAILABLE_RETRY_S = 2.0
 """While there is no scheduler: about the time a standby needs to take over."""
+PROMPT_PARAMS = {"completions": "prompt", "chat": "messages"}
+"""The parameter that holds the prompt, by endpoint."""
+NO_WORKER = "no_worker"
+"""The code of what nobody is there to serve."""
 
 
 class ApiError(Exception):
@@ -73,7 +77,9 @@ def unsupported(param: str, advice: str = "") -> ApiError:
     return invalid(f"{message}; {advice or 'leave it out'}.", param, "unsupported_parameter")
 
 
-def too_long(prompt_tokens: int, max_tokens: int | None, context_tokens_max: int) -> ApiError:
+def too_long(
+    prompt_tokens: int, max_tokens: int | None, context_tokens_max: int, param: str
+) -> ApiError:
     """400: prompt and output do not fit the context."""
     asked = f"{prompt_tokens} tokens in the prompt"
     if max_tokens is not None:
@@ -81,7 +87,7 @@ def too_long(prompt_tokens: int, max_tokens: int | None, context_tokens_max: int
     return invalid(
         f"This model's maximum context length is {context_tokens_max} tokens. You requested "
         f"{asked}. Shorten the prompt or ask for fewer tokens.",
-        "messages_or_prompt",
+        param,
         "context_length_exceeded",
     )
 
@@ -104,11 +110,11 @@ def busy(message: str, retry_after_s: float) -> ApiError:
     )
 
 
-def unavailable(message: str, retry_after_s: float = UNAVAILABLE_RETRY_S) -> ApiError:
+def unavailable(
+    message: str, retry_after_s: float = UNAVAILABLE_RETRY_S, code: str = "unavailable"
+) -> ApiError:
     """503: a part of the mesh is away; it passes."""
-    return ApiError(
-        503, message, code="unavailable", kind="server_error", retry_after_s=retry_after_s
-    )
+    return ApiError(503, message, code=code, kind="server_error", retry_after_s=retry_after_s)
 
 
 def overdue(message: str) -> ApiError:
@@ -127,8 +133,8 @@ def slow_reader(characters: int) -> ApiError:
     return ApiError(408, message, code="slow_reader")
 
 
-def rejected(rejection: Rejected) -> ApiError:
-    """What a scheduler's refusal means to a client."""
+def rejected(rejection: Rejected, param: str) -> ApiError:
+    """What a scheduler's refusal means to a client. `param` holds the prompt."""
     retry_after_s = rejection.retry_after_s
     detail = f" ({rejection.detail})" if rejection.detail else ""
     match rejection.reason:
@@ -137,7 +143,8 @@ def rejected(rejection: Rejected) -> ApiError:
             return busy(f"The server's queue is full{detail}. Try again later.", wait_s)
         case "no_worker":
             wait_s = UNAVAILABLE_RETRY_S if retry_after_s is None else retry_after_s
-            return unavailable(f"No worker is there to serve this model{detail}.", wait_s)
+            message = f"No worker is there to serve this model{detail}."
+            return unavailable(message, wait_s, NO_WORKER)
         case "deadline":
             return ApiError(
                 429,
@@ -150,7 +157,7 @@ def rejected(rejection: Rejected) -> ApiError:
             return invalid(
                 f"Prompt and completion fit no worker's memory{detail}. Shorten the prompt or "
                 "ask for fewer tokens.",
-                "messages_or_prompt",
+                param,
                 "context_length_exceeded",
             )
         case "unknown_model":

@@ -12,6 +12,7 @@ from services.gateway.calls import Call, Choice
 from services.gateway.core.ledger import Ended, Expired, Ledger, Output, Patience, Refused
 from services.gateway.core.record import Arrived
 from services.gateway.errors import (
+    PROMPT_PARAMS,
     UNAVAILABLE_RETRY_S,
     ApiError,
     busy,
@@ -64,10 +65,22 @@ class MeshLink:
         return len(self._open)
 
     @property
-    def ready(self) -> bool:
+    def connected(self) -> bool:
         """A scheduler's beat was heard lately, and the broker is in reach."""
         age_s = self.now() - self._ledger.beat_at
         return self._bus.connected and age_s <= self._settings.beat_timeout_s
+
+    @property
+    def workerless_s(self) -> float | None:
+        """How long there has been no worker, as the scheduler says; infinite before the first one
+        was seen, None while there is one."""
+        since = self._ledger.workerless_since
+        return None if since is None else self.now() - since
+
+    @property
+    def advice(self) -> str:
+        """What the scheduler last said of workers that cannot be used; empty if all is well."""
+        return self._ledger.beat.advice if self._ledger.beat else ""
 
     @property
     def predicted_wait_s(self) -> float:
@@ -155,7 +168,7 @@ class MeshLink:
                 case Ended():
                     self._on_end(output)
                 case Refused():
-                    self._fail(output.request_id, rejected(output.rejection))
+                    self._on_refusal(output)
                 case Expired():
                     self._fail(output.request_id, overdue("The request's time is over."))
                 case _:
@@ -204,6 +217,12 @@ class MeshLink:
         else:
             self._forget(choice, None)
         call.changed.set()
+
+    def _on_refusal(self, refused: Refused) -> None:
+        known = self._open.get(refused.request_id)
+        if known is not None:
+            param = PROMPT_PARAMS[known[0].endpoint]
+            self._fail(refused.request_id, rejected(refused.rejection, param))
 
     def _stop(self, choice: Choice, output_tokens: int) -> None:
         self._forget(choice, None)

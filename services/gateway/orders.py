@@ -7,7 +7,7 @@ import msgspec
 from services.gateway.calls import Call, Choice
 from services.gateway.core.text import Detokenizer
 from services.gateway.core.transcript import Transcript
-from services.gateway.errors import invalid, too_long
+from services.gateway.errors import PROMPT_PARAMS, invalid, too_long
 from services.gateway.parameters import REQUESTS_MAX
 from services.gateway.prompts import Prompt
 from services.gateway.requests import ChatRequest, CompletionRequest
@@ -56,7 +56,9 @@ def add_choices(
         prompt_logprobs=logprobs is not None and not chat and bool(request.echo),
     )
     for number, prompt in enumerate(prompts):
-        max_tokens = _output_limit(len(prompt.ids), asked, context_tokens_max)
+        max_tokens = _output_limit(
+            len(prompt.ids), asked, context_tokens_max, PROMPT_PARAMS[call.endpoint]
+        )
         if request.min_tokens > max_tokens:
             raise invalid(
                 f"'min_tokens' is {request.min_tokens}, but at most {max_tokens} tokens can come.",
@@ -100,11 +102,13 @@ def _logprobs_wanted(request: CompletionRequest | ChatRequest) -> int | None:
     return request.logprobs
 
 
-def _output_limit(prompt_tokens: int, asked: int | None, context_tokens_max: int) -> int:
+def _output_limit(
+    prompt_tokens: int, asked: int | None, context_tokens_max: int, param: str
+) -> int:
     """Most output tokens; what does not fit the context is refused, as OpenAI does."""
     if not context_tokens_max:
         return 2**31 - 1 if asked is None else asked
     left = context_tokens_max - prompt_tokens
     if left < 1 or (asked is not None and asked > left):
-        raise too_long(prompt_tokens, asked, context_tokens_max)
+        raise too_long(prompt_tokens, asked, context_tokens_max, param)
     return left if asked is None else asked

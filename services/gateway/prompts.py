@@ -36,7 +36,8 @@ async def completion_prompts(
     prompts = []
     for given in _each(request.prompt):
         if isinstance(given, str):
-            ids = await _encode(given, model, threads, context_tokens_max, special=True)
+            _check_size(len(given), context_tokens_max, "prompt")
+            ids = await _encode(given, model, threads, special=True)
         else:
             ids = given
             unknown = next((i for i in ids if i >= model.vocabulary_size), None)
@@ -73,7 +74,7 @@ async def chat_prompt(
     if request.continue_final_message:
         options["continue_final_message"] = True
     size = sum(len(message["content"]) for message in messages)
-    _check_size(size, context_tokens_max)
+    _check_size(size, context_tokens_max, "messages")
     loop = asyncio.get_running_loop()
     try:
         if size <= INLINE_CHARACTERS_MAX:
@@ -84,7 +85,8 @@ async def chat_prompt(
         raise invalid(
             f"The model's chat template refuses these messages: {str(error)[:300]}", "messages"
         ) from error
-    ids = await _encode(text, model, threads, context_tokens_max, special=False)
+    _check_size(len(text), context_tokens_max, "messages")
+    ids = await _encode(text, model, threads, special=False)
     if not ids:
         raise invalid("'messages' give an empty prompt.", "messages", "empty_prompt")
     ids = _truncated(ids, request.truncate_prompt_tokens, request.output_tokens_max, model)
@@ -115,19 +117,16 @@ def _each(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | l
     return prompts or [ids]
 
 
-async def _encode(
-    text: str, model: ModelText, threads: Executor, context_tokens_max: int, *, special: bool
-) -> list[int]:
-    _check_size(len(text), context_tokens_max)
+async def _encode(text: str, model: ModelText, threads: Executor, *, special: bool) -> list[int]:
     if len(text) <= INLINE_CHARACTERS_MAX:
         return model.encode(text, special=special)
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(threads, lambda: model.encode(text, special=special))
 
 
-def _check_size(characters: int, context_tokens_max: int) -> None:
+def _check_size(characters: int, context_tokens_max: int, param: str) -> None:
     if context_tokens_max and characters > context_tokens_max * CHARACTERS_PER_TOKEN_MAX:
-        raise too_long(characters // CHARACTERS_PER_TOKEN_MAX, None, context_tokens_max)
+        raise too_long(characters // CHARACTERS_PER_TOKEN_MAX, None, context_tokens_max, param)
 
 
 def _truncated(

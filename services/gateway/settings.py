@@ -40,6 +40,9 @@ class GatewaySettings(ServiceSettings):
     """A request that the broker does not take within this time gets 503."""
     beat_timeout_s: float = Field(default=5.0, gt=0.0)
     """Without a scheduler's beat for so long, the gateway is not ready: 503."""
+    worker_grace_s: float = Field(default=10.0, ge=0.0)
+    """Requests that come while there is no worker wait for one for so long, as for a crashed one
+    that starts again; then they get 503. Before the first one was seen: 503 at once."""
     keepalive_s: float = Field(default=5.0, gt=0.0)
     """A comment line goes to a stream that has nothing else to say for so long."""
     stream_characters_max: int = Field(default=262_144, ge=1_024)

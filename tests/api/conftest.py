@@ -16,8 +16,9 @@ from services.gateway.service import serve
 from services.gateway.settings import GatewaySettings
 from services.gateway.tokenizer import ModelText, load_model_text
 from shared.bus.memory import MemoryBroker, MemoryBus
+from shared.messages import SchedulerBeat
 from shared.telemetry.setup import Telemetry, start
-from tests.api.fake_mesh import FakeMesh
+from tests.api.fake_mesh import FIRST_BEAT, FakeMesh
 
 DEMO_MODEL = Path(__file__).parents[2] / "deploy" / "demo_model"
 READY_S = 90.0
@@ -64,8 +65,11 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def staged(telemetry: Telemetry | None = None, **changes: object) -> AsyncIterator[Stage]:
-    """A gateway and a scripted mesh on a memory broker of their own."""
+async def staged(
+    telemetry: Telemetry | None = None, beat: SchedulerBeat = FIRST_BEAT, **changes: object
+) -> AsyncIterator[Stage]:
+    """A gateway and a scripted mesh on a memory broker of their own; it is ready if the beat says
+    that there are workers."""
     broker = MemoryBroker()
     gateway_bus, mesh_bus = MemoryBus(broker), MemoryBus(broker)
     await gateway_bus.open()
@@ -76,12 +80,12 @@ async def staged(telemetry: Telemetry | None = None, **changes: object) -> Async
     stop = asyncio.Event()
     url = f"http://127.0.0.1:{settings.port}"
     async with (
-        FakeMesh(mesh_bus).running() as mesh,
+        FakeMesh(mesh_bus, beat=beat).running() as mesh,
         httpx.AsyncClient(base_url=url, timeout=30.0) as client,
         asyncio.TaskGroup() as tasks,
     ):
         serving = tasks.create_task(serve(settings, gateway_bus, telemetry, stop))
-        await until_ready(client)
+        await until_answered(client, 200 if beat.workers else 503)
         yield Stage(mesh, client, settings, telemetry, stop, serving)
         stop.set()
         await serving
@@ -89,12 +93,12 @@ async def staged(telemetry: Telemetry | None = None, **changes: object) -> Async
     await mesh_bus.close()
 
 
-async def until_ready(client: httpx.AsyncClient) -> None:
-    """Waits for /ready."""
+async def until_answered(client: httpx.AsyncClient, status: int) -> None:
+    """Waits for this answer of /ready."""
     async with asyncio.timeout(READY_S):
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if (await client.get("/ready")).status_code == 200:
+                if (await client.get("/ready")).status_code == status:
                     return
             await asyncio.sleep(0.02)
 

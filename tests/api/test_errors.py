@@ -163,6 +163,17 @@ def test_an_endless_prompt_is_refused_before_it_is_read(raw: httpx.Client) -> No
     check(raw.post(COMPLETIONS, json=ids), 400, "context_length_exceeded")
 
 
+@pytest.mark.parametrize("size", [20_000, 4_000_000])
+def test_a_context_error_names_the_parameter_of_its_endpoint(raw: httpx.Client, size: int) -> None:
+    text = "x " * (size // 2)
+    answer = raw.post(COMPLETIONS, json={"model": "demo_model", "prompt": text})
+    assert answer.json()["error"]["param"] == "prompt"
+    messages = [{"role": "user", "content": text}]
+    answer = raw.post("/v1/chat/completions", json={"model": "demo_model", "messages": messages})
+    assert answer.json()["error"]["param"] == "messages"
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_questions_beside_generation(raw: httpx.Client) -> None:
     assert raw.get("/health").json() == {"status": "ok"}
     assert raw.get("/ready").json() == {"ready": True}

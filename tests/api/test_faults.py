@@ -29,7 +29,7 @@ from shared.messages import (
 )
 from shared.tokens import pack, unpack
 from tests.api.conftest import Stage, staged
-from tests.api.fake_mesh import Plan, Saying, batch, faithful, output_of, runs_of
+from tests.api.fake_mesh import FIRST_BEAT, Plan, Saying, batch, faithful, output_of, runs_of
 from tests.api.test_streams import events_of
 
 
@@ -183,7 +183,7 @@ def rejecting(reason: Any, detail: str = "", retry_after_s: float | None = None)
     [
         ("queue_full", 7.2, 429, "overloaded", ("8", "7200", None)),
         ("queue_full", None, 429, "overloaded", ("2", "2000", None)),
-        ("no_worker", None, 503, "unavailable", ("2", "2000", None)),
+        ("no_worker", None, 503, "no_worker", ("2", "2000", None)),
         ("deadline", 500.0, 429, "deadline_unreachable", ("120", "120000", None)),
         ("deadline", None, 429, "deadline_unreachable", (None, None, "false")),
         ("too_long", None, 400, "context_length_exceeded", (None, None, "false")),
@@ -204,6 +204,8 @@ async def test_refusals_are_http_errors_also_for_streams(
     assert answer.status_code == status
     error = answer.json()["error"]
     assert error["code"] == code
+    if reason == "too_long":
+        assert error["param"] == "prompt"
     assert "because" in error["message"]
     names = ("retry-after", "retry-after-ms", "x-should-retry")
     assert tuple(answer.headers.get(name) for name in names) == retry
@@ -383,12 +385,71 @@ async def test_without_a_scheduler_requests_are_refused() -> None:
         answer = await stage.complete()
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "unavailable"
+        assert "starting, or its scheduler" in answer.json()["error"]["message"]
         assert int(answer.headers["retry-after"]) >= 1
         assert (await stage.client.get("/health")).status_code == 200
         stage.mesh.beating = True
         async with asyncio.timeout(10):
             while (await stage.client.get("/ready")).status_code != 200:
                 await asyncio.sleep(0.02)
+        assert (await stage.complete()).status_code == 200
+
+
+async def until_status(stage: Stage, status: int) -> httpx.Response:
+    """What /ready says once it has this status."""
+    async with asyncio.timeout(10):
+        while (answer := await stage.client.get("/ready")).status_code != status:
+            await asyncio.sleep(0.02)
+    return answer
+
+
+async def test_before_the_first_worker_requests_are_refused_at_once() -> None:
+    beat = SchedulerBeat(epoch=1)
+    async with staged(beat=beat) as stage:
+        ready = await stage.client.get("/ready")
+        async with asyncio.timeout(10):
+            while "model loaded" not in ready.json()["reason"]:
+                assert "starting" in ready.json()["reason"]
+                ready = await stage.client.get("/ready")
+        assert (ready.status_code, ready.json()["ready"]) == (503, False)
+        answer = await stage.complete()
+        assert answer.status_code == 503
+        assert answer.json()["error"] == {
+            "message": "No worker has its model loaded yet.",
+            "type": "server_error",
+            "param": None,
+            "code": "no_worker",
+        }
+        assert int(answer.headers["retry-after"]) >= 1
+        stage.mesh.beat = SchedulerBeat(epoch=1, advice="choose another --policy")
+        async with asyncio.timeout(10):
+            while "another --policy" not in (await stage.complete()).text:
+                await asyncio.sleep(0.02)
+        stage.mesh.beat = FIRST_BEAT
+        await until_status(stage, 200)
+        assert (await stage.complete()).status_code == 200
+
+
+async def test_without_a_worker_requests_wait_for_the_grace_and_are_refused_then() -> None:
+    async with staged(worker_grace_s=1.0) as stage:
+        stage.mesh.plan = endless
+        stage.mesh.beat = SchedulerBeat(epoch=1)
+        ready = await until_status(stage, 503)
+        assert "No worker" in ready.json()["reason"]
+        waiting = asyncio.create_task(stage.complete())
+        (submit,) = await stage.mesh.until_heard(Submit)
+        assert isinstance(submit, Submit)
+        stage.mesh.plan = faithful
+        async with asyncio.timeout(10):
+            while (refused := await stage.complete()).status_code == 200:
+                await asyncio.sleep(0.05)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
+        assert not waiting.done()
+        for message in faithful(submit.spec):
+            await stage.mesh.say(message)
+        assert (await waiting).status_code == 200
+        stage.mesh.beat = FIRST_BEAT
+        await until_status(stage, 200)
         assert (await stage.complete()).status_code == 200
 
 

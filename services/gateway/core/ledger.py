@@ -88,6 +88,8 @@ class Ledger:
         self.epoch = 0
         self.beat: SchedulerBeat | None = None
         self.beat_at = float("-inf")
+        self.workerless_since: float | None = float("-inf")
+        """When a beat first said that there is no worker any more; None while there is one."""
         self.counts: Counter[str] = Counter()
         """What became of runs (see `record.Verdict`, and `unknown`) and how often tokens were
         asked for (`asked`), resumed (`resumed`) and orders of old epochs ignored (`old_epoch`)."""
@@ -185,6 +187,10 @@ class Ledger:
             self.counts["old_epoch"] += 1
             return []
         self.beat, self.beat_at = beat, now
+        if beat.workers:
+            self.workerless_since = None
+        elif self.workerless_since is None:
+            self.workerless_since = now
         return self._follow(beat.epoch)
 
     def _take_recall(self, recall: Recall) -> list[Output]:

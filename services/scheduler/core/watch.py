@@ -2,7 +2,7 @@
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
-from services.scheduler.core.gateway_events import gateway_gone
+from services.scheduler.core.gateway_events import advice, gateway_gone
 from services.scheduler.core.predict import predicted_wait_s
 from services.scheduler.core.state import State
 from services.scheduler.core.worker_events import batch_overdue, worker_lost
@@ -39,6 +39,7 @@ def beat(books: Books, now: float) -> None:
                 (min(w.info.context_tokens_max, w.budget_tokens(share)) for w in usable), default=0
             ),
             predicted_wait_s=predicted_wait_s(books),
+            advice=advice(books),
         )
     )
 
