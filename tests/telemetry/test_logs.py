@@ -108,7 +108,7 @@ def test_libraries_speak_through_the_same_lines(capsys: pytest.CaptureFixture[st
     start(LoudSettings(), "loud-7f")
     library.warning("%s connections", 3)
     library.info("not shown: libraries start at warning")
-    logging.getLogger("aio_pika").debug("body of a message")
+    logging.getLogger("some_library").debug("body of a message")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("from Python", UserWarning, stacklevel=1)
@@ -129,10 +129,10 @@ def test_libraries_speak_through_the_same_lines(capsys: pytest.CaptureFixture[st
 def test_a_library_in_a_process_of_several_services(capsys: pytest.CaptureFixture[str]) -> None:
     start(LoudSettings(), "loud-1")
     start(QuietSettings(), "quiet-1")
-    logging.getLogger("aiormq").error("no route")
+    logging.getLogger("some_library").error("no route")
     structlog.get_logger("shared.bus.handling").info("ours, but of no service")
     library, shared = lines_of(capsys)
-    assert (library["service"], library["logger"]) == ("tranche", "aiormq")
+    assert (library["service"], library["logger"]) == ("tranche", "some_library")
     assert (shared["service"], shared["logger"]) == ("tranche", "shared.bus.handling")
     assert "boot_id" not in library
 
@@ -162,7 +162,7 @@ def test_a_traceback_is_one_line_without_the_password(capsys: pytest.CaptureFixt
         raise ConnectionError(f"cannot reach amqp://tranche:{SECRET}@broker:5672/")
     except ConnectionError:
         telemetry.log.exception("bus.lost", request_id="r1")
-        logging.getLogger("aio_pika").exception("lost")
+        logging.getLogger("some_library").exception("lost")
     ours, theirs = lines_of(capsys)
     for line in (ours, theirs):
         assert "ConnectionError: cannot reach amqp://tranche:***@broker:5672/" in line["exception"]
