@@ -1,10 +1,10 @@
 """The command line: what it knows, how fast it answers, and what it says to mistakes."""
 
 import re
+import resource
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,10 +55,16 @@ def tranche(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
-def test_help_is_there_in_half_a_second() -> None:
+def cpu_seconds_of_children() -> float:
+    """Wall time would say more of what else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_help_takes_less_than_half_a_second_of_cpu() -> None:
     durations = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = cpu_seconds_of_children()
         shown = subprocess.run(
             [sys.executable, "-m", "services", "--help"],
             cwd=ROOT,
@@ -66,7 +72,7 @@ def test_help_is_there_in_half_a_second() -> None:
             text=True,
             check=True,
         )
-        durations.append(time.perf_counter() - started)
+        durations.append(cpu_seconds_of_children() - started)
     assert all(name in shown.stdout for name in COMMANDS)
     assert min(durations) < HELP_LIMIT_S
 
