@@ -36,7 +36,9 @@ WORKER_READY_METRIC = "tranche_kv_capacity_tokens"
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
 
-LOADING = "Tranche starts: loading the model {model}; this takes a few seconds, large models longer."
+LOADING = (
+    "Tranche starts: loading the model {model}; this takes a few seconds, large models longer."
+)
 BANNER = """
 Tranche is ready after {seconds:.1f} s:  {url}
   model {model}   policy {policy}   engine {engine}   workers {workers}   bus {bus}
@@ -44,7 +46,7 @@ Tranche is ready after {seconds:.1f} s:  {url}
 Try it:
   curl -N {url}/v1/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "prompt": "ROMEO:\\n", "max_tokens": 200, \
-         "temperature": 0.7, "stream": true}}'
+"temperature": 0.7, "stream": true}}'
 
 Ctrl-C ends it, after the requests that run.
 """

@@ -12,6 +12,7 @@ import pytest
 
 from deploy.setup import documents
 from services.cli import COMMANDS
+from services.mesh import BANNER
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/**/*.md")])
@@ -94,6 +95,19 @@ def test_curl_examples_of_the_readme_send_json() -> None:
     assert bodies
     for body in bodies:
         assert json.loads(body)["model"]
+
+
+def test_readme_and_banner_show_the_same_curl() -> None:
+    fields = dict.fromkeys(("policy", "engine", "workers", "bus"), "")
+    banner = BANNER.format(url="http://127.0.0.1:8000", seconds=1, model="demo_model", **fields)
+    shown = [
+        re.findall(r"^ *(curl .*\\\n.*)$", text, re.MULTILINE)
+        for text in (banner, (ROOT / "README.md").read_text(encoding="utf-8"))
+    ]
+    assert len(shown[0]) == 1
+    assert [shlex.split(command.replace("\\\n", " ")) for command in shown[0]] == [
+        shlex.split(command.replace("\\\n", " ")) for command in shown[1]
+    ]
 
 
 def test_glossary_is_in_order() -> None:

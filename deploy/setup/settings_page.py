@@ -1,5 +1,9 @@
 """docs/settings.md, made from the settings records."""
 
+import socket
+
+from pydantic.fields import FieldInfo
+
 from services.mesh_settings import DEMO_MODEL, MeshSettings
 from services.options import flag_of, variable_of
 from services.process import SERVICES, settings_class
@@ -20,7 +24,7 @@ def page() -> str:
 
 def _section(command: str, kind: type[CommandSettings]) -> str:
     rows = [
-        f"| `{flag_of(name)}` | `{variable_of(kind, name)}` | {_shown(field.default)} "
+        f"| `{flag_of(name)}` | `{variable_of(kind, name)}` | {_shown(field)} "
         f"| {' '.join((field.description or '').split()).replace('|', chr(92) + '|')} |"
         for name, field in kind.model_fields.items()
     ]
@@ -28,9 +32,12 @@ def _section(command: str, kind: type[CommandSettings]) -> str:
     return "\n".join([f"## tranche {command}", "", head, *rows, ""])
 
 
-def _shown(default: object) -> str:
+def _shown(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
     if default is None or default in ("", (), {}):
         return "none"
+    if field.default_factory is socket.gethostname:
+        return "the host's name"
     if default == str(DEMO_MODEL):
         return "the demo model"
     return f"`{default}`"
