@@ -313,3 +313,18 @@ def test_an_order_that_a_worker_does_not_list_was_lost() -> None:
     drop = Drop(epoch=1, worker="w1", request_id="r1", attempt=1)
     assert said == [drop, Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)]
     assert bench.core.books.workers.active["w1"].load_s == 0.0
+
+
+def test_a_slice_that_ends_while_collecting_is_no_claim_any_more() -> None:
+    bench = Bench(epoch=2)
+    bench.join(residents=(resident("r1", 3, 4),), residents_listed=True)
+    assert bench.say(Resume(spec=spec_of("r1"), attempt=2, tokens=PROMPT)) == []
+    ended = RunSlice(
+        epoch=1,
+        worker="w1",
+        batch_id="1-9",
+        form="closed",
+        orders=(SliceOrder(spec=spec_of("r1"), attempt=3, tokens=PROMPT, lease_tokens=16),),
+    )
+    assert bench.say(done(ended)) == []
+    assert Recall(epoch=2, gateway="g1", request_id="r1", attempt=1_000_000) in bench.after(1.1)

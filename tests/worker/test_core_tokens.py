@@ -180,3 +180,14 @@ def test_a_wish_for_tokens_that_are_still_to_come_is_no_error(bench: Bench) -> N
     bench.make("a", 2, [3])
     assert bench.do(wish_for(3)) == []
     assert only(SliceDone, bench.do(wish_for(1)))[0].refused == "unknown request"
+
+
+def test_tokens_after_the_last_slice_are_unknown_once_nobody_makes_them(bench: Bench) -> None:
+    bench.do(make_batch(make_order(make_spec("a")), epoch=0))
+    bench.make("a", 0, [1])
+    assert bench.do(wish_for(1)) == [], "its slice still runs"
+    bench.end("b1", result("a", position=0))
+    bench.do(TokensSent("gateway-1"))
+    (answer,) = only(SliceDone, bench.do(wish_for(1)))
+    assert answer.refused == "unknown request"
+    assert [(r.request_id, r.position) for r in answer.results] == [("a", 1)]

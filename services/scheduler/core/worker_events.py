@@ -18,6 +18,8 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
     if worker is not None:
         worker.seen_at, worker.memory = now, event.memory
         batch = worker.batches.pop(event.batch_id, None)
+    if books.collecting_until is not None:
+        _claims_over(books, event)
     if event.refused:
         _refused(books, event, worker, batch, now)
         return
@@ -30,6 +32,14 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
             _take_result(books, request, result, now)
     for request in _still_placed(books, batch):
         moves.recall(books, request, now)
+
+
+def _claims_over(books: Books, event: SliceDone) -> None:
+    """What ends while a new leader collects is not held any more, whatever a beat said before."""
+    for result in event.results:
+        claims = books.claims.get(result.request_id, [])
+        ended = (event.worker, result.attempt)
+        books.claims[result.request_id] = [c for c in claims if (c.worker, c.attempt) != ended]
 
 
 def _matches(request: Request, worker: str, result: SliceResult) -> bool:

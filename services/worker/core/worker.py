@@ -257,7 +257,7 @@ class Worker:
             gateway, run = kept
             if run.ids or run.finish_reason:
                 self._outbox.add(gateway, run)
-            return []
+                return []
         held = self._held.get(wish.request_id)
         if held is not None and held.attempt == wish.attempt and held.position <= wish.position:
             return []
