@@ -5,8 +5,8 @@ tokens (allowed ids, min_tokens); here logprobs are taken; then temperature, min
 Everything is rebuilt from ids and absolute positions, so that a request may move at any time.
 
 A draw is keyed by (seed, choice, position) alone, and inverted over the probabilities in the order
-of the vocabulary, summed in float64: batch mates and slices move its edges by float32 noise only, so
-they can change a token only where the draw falls right beside an edge.
+of the vocabulary, summed in float64: batch mates and slices move its edges by float32 noise only,
+so they can change a token only where the draw falls right beside an edge.
 """
 
 from collections.abc import Sequence
