@@ -140,16 +140,33 @@ class SliceOrder(Value, frozen=True, kw_only=True):
     """The worker already holds its KV; `spec.prompt` and `tokens` may be left out then."""
 
 
+class Renewal(Value, frozen=True, kw_only=True, array_like=True):
+    """The next lease of a request that the worker holds: it may make output up to `until`.
+
+    Absolute and only ever raised, so that a repeat, or one that was overtaken, changes nothing."""
+
+    request_id: str
+    attempt: int
+    until: int
+    """Output position (count of output tokens) at which the lease now ends."""
+
+
 class SliceResult(Value, frozen=True, kw_only=True):
     """What a slice did for one request."""
 
     request_id: str
     attempt: int
     position: int
-    """Where the slice began."""
+    """Where these tokens begin: at the slice's begin, or at the end of the last report."""
     tokens: bytes = b""
     """New output, the ending token counted; nothing that was decoded after the ending."""
     finish_reason: FinishReason | None = None
+    resident: bool = False
+    """Leased only: its KV stays here, and it goes on while its lease lasts. A report of progress,
+    sent with the first token and when no more than the margin of the lease is left, or the word
+    that the lease is used up. False: its KV is freed; it ended, was parked or was evicted."""
+    evicted: bool = False
+    """The engine itself ended the lease early, for want of memory; the tokens are good."""
     cached_tokens: int = 0
     """Input tokens whose KV was found and not computed again."""
     invalid_tokens: int = 0
@@ -198,6 +215,8 @@ class WorkerInfo(Value, frozen=True, kw_only=True):
     batch_size_max: int = 0
     """0: only memory limits the batch."""
     device: str = "cpu"
+    kv_block_tokens: int = 1
+    """KV slots are given out in blocks of so many tokens."""
 
 
 class Resident(Value, frozen=True, kw_only=True, array_like=True):
@@ -319,6 +338,26 @@ class RunSlice(Message, frozen=True, kw_only=True):
     iterations: int = 0
     expected_s: float = 0.0
     """The scheduler's estimate of the serving time."""
+    renewals: tuple[Renewal, ...] = ()
+    """Leased only: longer leases for requests that are there already. Obeyed also in a repeat."""
+    margin_tokens: int = 0
+    """Leased only, for all leases of this worker from now on: report progress when no more than
+    this is left of a lease, so that the next one comes before it is used up."""
+    iteration_tokens: int = 0
+    """Leased only: most tokens in one iteration, decodes first, then chunks of prefill in the
+    order of arrival here. 0: the engine's own limit."""
+    prefill_first: bool = False
+    """Leased only: while any prefill is left, iterations of prefill alone; decodes wait."""
+
+
+class Park(Message, frozen=True, kw_only=True):
+    """End this request's lease after the iteration that runs: report its tokens and free its KV.
+    It goes on later, here or elsewhere, from the tokens. Unknown or older attempts: ignored."""
+
+    epoch: int
+    worker: str
+    request_id: str
+    attempt: int
 
 
 class Drop(Message, frozen=True, kw_only=True):
@@ -468,12 +507,20 @@ ToScheduler = (
     | LengthForecast
 )
 ToGateway = Recall | Rejected | SchedulerBeat | TokenBatch
-ToWorker = RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat | FinishAck
+ToWorker = RunSlice | Park | Drop | SendTokens | DrainWorker | SchedulerBeat | FinishAck
 ToEstimator = Finished | SchedulerBeat
 
 SchedulerEvent = ToScheduler | OrderReturned | Elected
 SchedulerCommand = (
-    RunSlice | Drop | SendTokens | DrainWorker | Recall | Rejected | SchedulerBeat | Finished
+    RunSlice
+    | Park
+    | Drop
+    | SendTokens
+    | DrainWorker
+    | Recall
+    | Rejected
+    | SchedulerBeat
+    | Finished
 )
 AnyMessage = ToScheduler | ToGateway | ToWorker | ToEstimator | OrderReturned | Elected
 

@@ -20,6 +20,7 @@ from shared.messages import (
     Drop,
     FinishAck,
     Finished,
+    Park,
     Recall,
     Rejected,
     RunSlice,
@@ -95,6 +96,7 @@ def from_estimator(boot_id: str) -> Address:
 def addresses_of(
     message: RunSlice
     | Drop
+    | Park
     | SendTokens
     | DrainWorker
     | Recall
@@ -106,7 +108,7 @@ def addresses_of(
 ) -> tuple[Address, ...]:
     """Where a message goes that names its receiver; a beat goes to everybody."""
     match message:
-        case RunSlice() | Drop() | SendTokens() | DrainWorker():
+        case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker():
             return (Address(ORDERS, f"worker.{message.worker}"),)
         case Recall() | Rejected():
             return (Address(NOTICES, f"gateway.{message.gateway}"),)
