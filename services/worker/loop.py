@@ -2,23 +2,27 @@
 
 Everything that touches the model happens here. The event loop only appends to bounded queues under
 a lock that is never held during an iteration, and hears back through `report`, which must be safe
-to call from this thread. Cancellations are applied between two iterations.
+to call from this thread. Cancellations, renewals and parkings are applied between two iterations.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from services.worker.core.events import BatchBegan, BatchRefused, EngineStepped
+from services.worker.core.leases import LEASES_MAX
 from services.worker.core.worker import BATCHES_MAX, QUEUE_FULL
 from services.worker.engines.api import (
     Engine,
     EngineError,
     EngineInfo,
+    Interruptible,
+    LeasedEngine,
+    LeaseEnd,
     OutOfMemory,
     SliceEnd,
     StepReport,
@@ -60,7 +64,7 @@ Report = EngineReady | EngineFailed | BatchBegan | BatchRefused | EngineStepped
 
 @dataclass(slots=True)
 class _Waiting:
-    """A batch that the engine has not begun."""
+    """A batch, or leases, that the engine has not begun."""
 
     order: RunSlice
     received_s: float
@@ -69,7 +73,7 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Begun:
-    """A batch that the engine runs."""
+    """A closed batch that the engine runs."""
 
     order: RunSlice
     queue_s: float
@@ -85,9 +89,15 @@ class EngineThread:
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
         self._cancels: dict[str, int] = {}
+        self._parks: dict[str, int] = {}
+        self._renewals: dict[str, tuple[int, int]] = {}
+        """Request -> (attempt, until)."""
         self._closing = False
+        self._interrupt: Callable[[], None] = _nothing
         self._begun: dict[str, _Begun] = {}
-        """By batch; only the thread uses it."""
+        """Closed batches; only the thread uses it."""
+        self._leases: dict[str, int] = {}
+        """Leased requests in the engine, and their attempts; only the thread uses it."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -97,9 +107,10 @@ class EngineThread:
     def submit(self, order: RunSlice) -> None:
         """Put a batch behind the others; refused by a report if too many wait."""
         with self._changed:
-            if len(self._waiting) < BATCHES_MAX:
+            limit = LEASES_MAX if order.form == "leased" else BATCHES_MAX
+            if len(self._waiting) < limit:
                 self._waiting.append(_Waiting(order, time.monotonic()))
-                self._changed.notify()
+                self._stir()
                 return
         self._report(BatchRefused(order, QUEUE_FULL))
 
@@ -110,7 +121,26 @@ class EngineThread:
             for waiting in self._waiting:
                 _withdraw(waiting, request_id, attempt)
             self._cancels[request_id] = max(attempt, self._cancels.get(request_id, 0))
-            self._changed.notify()
+            self._stir()
+
+    def renew(self, request_id: str, attempt: int, until: int) -> None:
+        """Let a lease go on up to this output position, whether it runs, pauses or waits."""
+        with self._changed:
+            waits = any(_lengthen(w, request_id, attempt, until) for w in self._waiting)
+            if not waits:
+                self._renewals[request_id] = (attempt, until)
+                self._stir()
+
+    def park(self, request_id: str, attempt: int) -> None:
+        """End a lease after the iteration that runs; a report says so."""
+        with self._changed:
+            waits = any(_withdraw(w, request_id, attempt) for w in self._waiting)
+            if not waits:
+                self._parks[request_id] = attempt
+                self._stir()
+        if waits:
+            left = (LeaseEnd(request_id, attempt),)
+            self._report(EngineStepped(StepReport(left=left)))
 
     def give_back(self, reason: str) -> None:
         """Refuse all batches that wait."""
@@ -124,9 +154,14 @@ class EngineThread:
         """End the thread after the iteration that runs. Blocks for at most `CLOSE_S`."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._stir()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_S)
+
+    def _stir(self) -> None:
+        """Something new has come. Called with the lock."""
+        self._changed.notify()
+        self._interrupt()
 
     # ------------------------------------------------------------------- inside the thread
 
@@ -135,6 +170,8 @@ class EngineThread:
             engine = self._make()
             try:
                 warm_up(engine)
+                if isinstance(engine, Interruptible):
+                    self._interrupt = engine.interrupt
                 self._report(EngineReady(engine.info, engine.memory()))
                 while self._turn(engine):
                     pass
@@ -146,32 +183,59 @@ class EngineThread:
     def _turn(self, engine: Engine) -> bool:
         """Take in what came, then one iteration. False once the thread shall end."""
         with self._changed:
-            while not (self._waiting or self._cancels or self._closing or engine.busy):
+            while not (self._news or engine.busy):
                 self._changed.wait()
             if self._closing:
                 return False
             cancels, self._cancels = self._cancels, {}
+            parks, self._parks = self._parks, {}
+            renewals, self._renewals = self._renewals, {}
             starting = self._startable(engine)
         for request_id, attempt in cancels.items():
             self._cancel_begun(engine, request_id, attempt)
         for waiting in starting:
             self._begin(engine, waiting)
+        self._change_leases(engine, renewals, parks)
         if engine.busy:
             self._step(engine)
         return True
 
+    @property
+    def _news(self) -> bool:
+        return bool(
+            self._waiting or self._cancels or self._parks or self._renewals or self._closing
+        )
+
     def _startable(self, engine: Engine) -> list[_Waiting]:
-        """Closed batches one after the other; leases all at once."""
-        if not self._waiting or (engine.busy and self._waiting[0].order.form == "closed"):
+        """Closed batches one after the other; leases all at once, but never beside a batch."""
+        if not self._waiting or self._begun:
             return []
         if self._waiting[0].order.form == "closed":
-            return [self._waiting.popleft()]
+            return [] if engine.busy else [self._waiting.popleft()]
         leases = []
         while self._waiting and self._waiting[0].order.form == "leased":
             leases.append(self._waiting.popleft())
         return leases
 
+    def _change_leases(
+        self, engine: Engine, renewals: dict[str, tuple[int, int]], parks: dict[str, int]
+    ) -> None:
+        if not isinstance(engine, LeasedEngine):
+            return
+        for request_id, (attempt, until) in renewals.items():
+            if self._leases.get(request_id) == attempt:
+                engine.renew(request_id, until)
+        for request_id, attempt in parks.items():
+            if self._leases.get(request_id) == attempt:
+                engine.park(request_id)
+
     def _cancel_begun(self, engine: Engine, request_id: str, attempt: int) -> None:
+        leased = self._leases.get(request_id)
+        if leased is not None and leased <= attempt:
+            del self._leases[request_id]
+            engine.cancel(request_id)
+            self._report(EngineStepped(StepReport(), engine.memory()))
+            return
         attempts = [
             order.attempt
             for batch in self._begun.values()
@@ -184,6 +248,8 @@ class EngineThread:
     def _begin(self, engine: Engine, waiting: _Waiting) -> None:
         order, queue_s = waiting.order, time.monotonic() - waiting.received_s
         if not order.orders:
+            if order.form == "leased":
+                return
             end = SliceEnd(order.batch_id, tuple(waiting.withdrawn), SliceTimings(queue_s=queue_s))
             self._report(EngineStepped(StepReport(ended=(end,))))
             return
@@ -192,30 +258,42 @@ class EngineThread:
         except EngineError as error:
             self._report(BatchRefused(order, _reason(error), engine.memory()))
             return
-        self._begun[order.batch_id] = _Begun(order, queue_s, waiting.withdrawn)
+        if order.form == "leased":
+            self._leases.update((o.spec.request_id, o.attempt) for o in order.orders)
+        else:
+            self._begun[order.batch_id] = _Begun(order, queue_s, waiting.withdrawn)
         self._report(BatchBegan(order.batch_id, engine.memory()))
 
     def _step(self, engine: Engine) -> None:
         try:
             report = engine.step()
         except EngineError as error:
-            memory = engine.memory()
-            for batch in self._begun.values():
-                self._report(BatchRefused(batch.order, _reason(error), memory))
-            self._begun.clear()
+            self._lose_all(_reason(error), engine.memory())
             return
         if report.ended:
-            ended = tuple(self._end(end) for end in report.ended)
-            report = StepReport(
-                tokens=report.tokens,
-                ended=ended,
-                prefill_s=report.prefill_s,
-                decode_s=report.decode_s,
-                batch_size=report.batch_size,
-            )
+            report = replace(report, ended=tuple(self._end(end) for end in report.ended))
             self._report(EngineStepped(report, engine.memory()))
-        elif report.tokens:
-            self._report(EngineStepped(report))
+        elif report.tokens or report.left:
+            self._forget_ended(report)
+            self._report(EngineStepped(report, None if self._begun else engine.memory()))
+
+    def _lose_all(self, reason: str, memory: WorkerMemory) -> None:
+        """The engine dropped all that ran. What leases have made is good."""
+        for batch in self._begun.values():
+            self._report(BatchRefused(batch.order, reason, memory))
+        self._begun.clear()
+        if self._leases:
+            left = tuple(
+                LeaseEnd(request_id, attempt, evicted=True, detail=reason)
+                for request_id, attempt in self._leases.items()
+            )
+            self._leases.clear()
+            self._report(EngineStepped(StepReport(left=left), memory))
+
+    def _forget_ended(self, report: StepReport) -> None:
+        ended = [t.request_id for t in report.tokens if t.finish_reason is not None]
+        for request_id in (*ended, *(end.request_id for end in report.left)):
+            self._leases.pop(request_id, None)
 
     def _end(self, end: SliceEnd) -> SliceEnd:
         begun = self._begun.pop(end.batch_id)
@@ -256,8 +334,24 @@ def warm_up(engine: Engine) -> None:
         engine.step()
 
 
-def _withdraw(waiting: _Waiting, request_id: str, attempt: int) -> None:
-    """Take a request's attempts up to this one out of a batch that waits."""
+def _nothing() -> None:
+    """Other engines' steps need no interruption."""
+
+
+def _lengthen(waiting: _Waiting, request_id: str, attempt: int, until: int) -> bool:
+    """Renew a lease that waits; False if it is not among these."""
+    orders = list(waiting.order.orders)
+    for place, order in enumerate(orders):
+        if order.spec.request_id == request_id and order.attempt == attempt:
+            lease_tokens = max(order.lease_tokens, until - count(order.tokens))
+            orders[place] = msgspec.structs.replace(order, lease_tokens=lease_tokens)
+            waiting.order = msgspec.structs.replace(waiting.order, orders=tuple(orders))
+            return True
+    return False
+
+
+def _withdraw(waiting: _Waiting, request_id: str, attempt: int) -> bool:
+    """Take a request's attempts up to this one out of a batch that waits; False if none was."""
     kept = []
     for order in waiting.order.orders:
         if order.spec.request_id != request_id or order.attempt > attempt:
@@ -271,8 +365,10 @@ def _withdraw(waiting: _Waiting, request_id: str, attempt: int) -> None:
                 finish_reason="cancelled",
             )
         )
-    if len(kept) < len(waiting.order.orders):
-        waiting.order = msgspec.structs.replace(waiting.order, orders=tuple(kept))
+    if len(kept) == len(waiting.order.orders):
+        return False
+    waiting.order = msgspec.structs.replace(waiting.order, orders=tuple(kept))
+    return True
 
 
 def _reason(error: EngineError) -> str:

@@ -15,7 +15,9 @@ from services.worker.core.events import (
     Event,
     GiveBack,
     Leave,
+    ParkLease,
     Reconnected,
+    RenewLease,
     StartBatch,
     StopWanted,
     TokensNotSent,
@@ -34,6 +36,7 @@ from shared.messages import (
     DrainWorker,
     Drop,
     FinishAck,
+    Park,
     RunSlice,
     SchedulerBeat,
     SendTokens,
@@ -166,7 +169,7 @@ class _Shell:
     async def _on_delivery(self, delivery: Delivery) -> None:
         message = delivery.message
         match message:
-            case RunSlice() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
+            case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
                 self._put(message)
             case FinishAck():
                 self._put(message)
@@ -203,6 +206,10 @@ class _Shell:
                 case StartBatch():
                     self._batches[command.order.batch_id] = (command.order, time.time())
                     engine.submit(command.order)
+                case RenewLease():
+                    engine.renew(command.request_id, command.attempt, command.until)
+                case ParkLease():
+                    engine.park(command.request_id, command.attempt)
                 case CancelRequest():
                     engine.cancel(command.request_id, command.attempt)
                 case GiveBack():

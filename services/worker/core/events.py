@@ -11,6 +11,7 @@ from shared.messages import (
     DrainWorker,
     Drop,
     FinishAck,
+    Park,
     RunSlice,
     SchedulerBeat,
     SendTokens,
@@ -28,7 +29,7 @@ class EngineStepped:
 
     report: StepReport
     memory: WorkerMemory | None = None
-    """Only when it changed by more than the iteration itself."""
+    """Of a closed batch only when it changed by more than the iteration itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ LocalEvent = (
     | TokensSent
     | TokensNotSent
 )
-Event = LocalEvent | RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat | FinishAck
+Order = RunSlice | Park | Drop | SendTokens | DrainWorker | SchedulerBeat
+"""What a scheduler says to a worker."""
+Event = LocalEvent | Order | FinishAck
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,23 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewLease:
+    """The engine shall let this attempt go on up to this output position."""
+
+    request_id: str
+    attempt: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkLease:
+    """The engine shall let go of this attempt after the iteration that runs, and say so."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class GiveBack:
     """Batches that wait in the engine's queue shall come back as refused."""
 
@@ -113,4 +133,5 @@ class Leave:
     """Nothing runs or waits here any more."""
 
 
-Command = StartBatch | CancelRequest | GiveBack | Leave | TokenBatch | SliceDone | WorkerBeat
+EngineCommand = StartBatch | RenewLease | ParkLease | CancelRequest | GiveBack
+Command = EngineCommand | Leave | TokenBatch | SliceDone | WorkerBeat

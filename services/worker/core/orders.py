@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from services.worker.engines.api import EngineInfo
-from shared.messages import RunSlice, Sampling, SliceOrder
+from shared.messages import FinishReason, RunSlice, Sampling, SliceOrder, SliceResult, TokenRun
 from shared.tokens import TOKEN_BYTES, count, unpack
 
 LOGPROBS_MAX = 100
@@ -20,8 +20,6 @@ def batch_fault(order: RunSlice, info: EngineInfo) -> str:
 def order_fault(order: SliceOrder, info: EngineInfo) -> str:
     """Why this request can never be served here; empty if it can."""
     spec = order.spec
-    if order.resident and not spec.prompt:
-        return ""
     if not spec.prompt:
         return "the prompt is empty"
     if len(spec.prompt) % TOKEN_BYTES or len(order.tokens) % TOKEN_BYTES:
@@ -32,6 +30,29 @@ def order_fault(order: SliceOrder, info: EngineInfo) -> str:
     if spec.max_tokens < 0 or order.lease_tokens < 0:
         return "a token limit is negative"
     return _ids_fault(order, info.vocabulary_size) or _sampling_fault(spec.sampling)
+
+
+def refused_result(order: SliceOrder, reason: FinishReason, detail: str) -> SliceResult:
+    """What the scheduler is told of a request that is not run."""
+    return SliceResult(
+        request_id=order.spec.request_id,
+        attempt=order.attempt,
+        position=count(order.tokens),
+        finish_reason=reason,
+        detail=detail,
+    )
+
+
+def error_run(order: SliceOrder, fault: str) -> TokenRun:
+    """What the gateway is told of a request that can never run."""
+    return TokenRun(
+        request_id=order.spec.request_id,
+        attempt=order.attempt,
+        position=count(order.tokens),
+        ids=b"",
+        finish_reason="error",
+        detail=fault,
+    )
 
 
 def _ids_fault(order: SliceOrder, vocabulary: int) -> str:

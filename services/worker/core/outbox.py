@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from services.worker.engines.api import StepTokens
 from shared.messages import TokenBatch, TokenRun
+from shared.tokens import pack
 
 COALESCE_S = 0.025
 """A token is held back this long at most; a reader does not notice, the broker does."""
@@ -116,6 +118,20 @@ class Outbox:
         for run in (*batch.runs, *(run for runs in newer.values() for run in runs)):
             self.add(batch.gateway, run)
         return True
+
+
+def run_of(tokens: StepTokens) -> TokenRun:
+    """The engine's word as the gateway's."""
+    return TokenRun(
+        request_id=tokens.request_id,
+        attempt=tokens.attempt,
+        position=tokens.position,
+        ids=pack(tokens.ids),
+        finish_reason=tokens.finish_reason,
+        ending_token=tokens.ending_token,
+        logprobs=tokens.logprobs,
+        prompt_logprobs=tokens.prompt_logprobs,
+    )
 
 
 def join_runs(earlier: TokenRun, later: TokenRun) -> TokenRun | None:

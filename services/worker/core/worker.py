@@ -3,10 +3,11 @@
 Theory of operation. Orders arrive at least once, possibly late and from a deposed scheduler; the
 engine reports iterations. From both follow: batches for the engine, tokens for gateways
 (`outbox`), results and beats for the scheduler. Tokens are kept until a gateway confirms the end
-(`retained`), so that they can be sent again. A batch ends with exactly one `SliceDone`.
+(`retained`), so that they can be sent again. A closed batch ends with exactly one `SliceDone`; of
+leased requests, each iteration makes at most one (`leases`).
 
-Draining: nothing new is taken, what waits is given back, what runs ends, tokens go out, then the
-last beat says `leaving`.
+Draining: nothing new is taken, what waits is given back, what runs ends (a lease at its end, where
+it is parked), tokens go out, then the last beat says `leaving`.
 """
 
 from collections import OrderedDict
@@ -23,20 +24,24 @@ from services.worker.core.events import (
     Event,
     GiveBack,
     Leave,
+    Order,
     Reconnected,
     StartBatch,
     StopWanted,
     TokensNotSent,
     TokensSent,
 )
-from services.worker.core.orders import batch_fault, order_fault
-from services.worker.core.outbox import Outbox
+from services.worker.core.leases import LEASES_MAX, Held, Lease, Leases
+from services.worker.core.orders import batch_fault, error_run, order_fault, refused_result
+from services.worker.core.outbox import Outbox, run_of
 from services.worker.core.retained import Retained
 from services.worker.engines.api import EngineInfo, SliceEnd, StepTokens
 from shared.messages import (
     DrainWorker,
     Drop,
     FinishAck,
+    Form,
+    Park,
     Resident,
     RunSlice,
     SchedulerBeat,
@@ -50,7 +55,7 @@ from shared.messages import (
     WorkerInfo,
     WorkerMemory,
 )
-from shared.tokens import count, pack
+from shared.tokens import count
 
 BEAT_S = 0.5
 BATCHES_MAX = 64
@@ -65,18 +70,8 @@ UNKNOWN_REQUEST = "unknown request"
 
 
 @dataclass(slots=True)
-class _Held:
-    """A request that runs or waits here."""
-
-    attempt: int
-    gateway: str
-    position: int
-    batch_id: str
-
-
-@dataclass(slots=True)
 class _OpenBatch:
-    """A batch between its order and its `SliceDone`."""
+    """A closed batch between its order and its `SliceDone`."""
 
     order: RunSlice
     faulty: tuple[SliceResult, ...]
@@ -101,10 +96,12 @@ class Worker:
             vocabulary_size=engine.vocabulary_size,
             batch_size_max=engine.batch_size_max,
             device=engine.device,
+            kv_block_tokens=engine.kv_block_tokens,
         )
         self._epoch = 0
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._open: dict[str, _OpenBatch] = {}
+        self._leases = Leases(self._held)
         self._known: OrderedDict[str, None] = OrderedDict()
         self._outbox = Outbox(worker)
         self._retained = Retained()
@@ -112,6 +109,10 @@ class Worker:
         self._list_residents = True
         self._draining_since: float | None = None
         self._left = False
+
+    @property
+    def _draining(self) -> bool:
+        return self._draining_since is not None
 
     @property
     def memory(self) -> WorkerMemory:
@@ -135,7 +136,7 @@ class Worker:
             return []
         commands: list[Command] = []
         match event:
-            case RunSlice() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
+            case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
                 if self._follow(event, now):
                     commands = self._obey(event, now)
             case FinishAck():
@@ -159,23 +160,22 @@ class Worker:
 
     # ---------------------------------------------------------------------------- orders
 
-    def _follow(
-        self, event: RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat, now: float
-    ) -> bool:
+    def _follow(self, event: Order, now: float) -> bool:
         """Whether the sender leads; a new leader is told at once what is here."""
         if event.epoch < self._epoch:
             return False
         if event.epoch > self._epoch:
             self._epoch = event.epoch
             self._beat_now(now)
+            self._leases.new_leader()
         return isinstance(event, SchedulerBeat) or event.worker == self._info.worker
 
-    def _obey(
-        self, event: RunSlice | Drop | SendTokens | DrainWorker | SchedulerBeat, now: float
-    ) -> list[Command]:
+    def _obey(self, event: Order, now: float) -> list[Command]:
         match event:
             case RunSlice():
                 return self._on_order(event, now)
+            case Park():
+                return self._leases.park(event.request_id, event.attempt)
             case Drop():
                 return self._on_drop(event)
             case SendTokens():
@@ -186,57 +186,65 @@ class Worker:
                 return []
 
     def _on_order(self, order: RunSlice, now: float) -> list[Command]:
+        commands: list[Command] = []
+        if order.form == "leased":
+            commands += self._leases.obey(order, draining=self._draining)
+            if not order.orders:
+                return commands
         if order.batch_id in self._known:
-            return []
+            return commands
         self._remember(order.batch_id)
         refusal = self._refusal(order)
         if refusal:
-            return [self._slice_done(order, refused=refusal)]
+            return [*commands, self._slice_done(order, refused=refusal)]
         taken: list[SliceOrder] = []
         faulty: list[SliceResult] = []
-        commands: list[Command] = []
         for share in order.orders:
             fault = order_fault(share, self._engine)
             held = self._held.get(share.spec.request_id)
             if fault:
-                faulty.append(_result(share, "error", fault))
-                self._tell_error(share, fault, now)
+                faulty.append(refused_result(share, "error", fault))
+                self._send(error_run(share, fault), share.spec.gateway, now)
             elif held is not None and held.attempt > share.attempt:
-                faulty.append(_result(share, "cancelled", "a newer attempt is here"))
+                faulty.append(refused_result(share, "cancelled", "a newer attempt is here"))
             else:
                 if held is not None and held.attempt < share.attempt:
                     commands += self._let_go(share.spec.request_id, held.attempt)
-                self._held[share.spec.request_id] = _Held(
+                if order.form == "leased" and share.spec.request_id in self._held:
+                    continue  # this very placement is here: the batch's id was forgotten
+                taken.append(share)
+        return commands + self._take(order, taken, tuple(faulty))
+
+    def _take(
+        self, order: RunSlice, taken: list[SliceOrder], faulty: tuple[SliceResult, ...]
+    ) -> list[Command]:
+        """Hold what can run and give it to the engine. Faults of a closed batch are reported with
+        its end, those of leases at once."""
+        leased, told = order.form == "leased", faulty
+        if leased:
+            told = (*told, *self._leases.take(order, taken))
+        elif taken:
+            self._open[order.batch_id] = _OpenBatch(order, faulty)
+            for share in taken:
+                self._held[share.spec.request_id] = Held(
                     share.attempt, share.spec.gateway, count(share.tokens), order.batch_id
                 )
-                taken.append(share)
-        if not taken:
-            return [*commands, self._slice_done(order, results=tuple(faulty))]
-        self._open[order.batch_id] = _OpenBatch(order, tuple(faulty))
-        reduced = msgspec.structs.replace(order, orders=tuple(taken)) if faulty else order
-        return [*commands, StartBatch(reduced)]
+        commands: list[Command] = []
+        if taken:
+            reduced = msgspec.structs.replace(order, orders=tuple(taken), renewals=())
+            commands.append(StartBatch(reduced))
+        if told if leased else not taken:
+            commands.append(self._slice_done(order, results=told))
+        return commands
 
     def _refusal(self, order: RunSlice) -> str:
-        if self._draining_since is not None:
+        if self._draining:
             return DRAINING
-        if len(self._open) >= BATCHES_MAX:
+        if len(self._open) >= BATCHES_MAX or len(self._held) + len(order.orders) > LEASES_MAX:
             return QUEUE_FULL
-        missing = any(o.resident and not o.spec.prompt for o in order.orders)
-        if missing and "leased" not in self._engine.forms:
+        if any(o.resident and not o.spec.prompt for o in order.orders):
             return UNKNOWN_REQUEST
         return batch_fault(order, self._engine)
-
-    def _tell_error(self, share: SliceOrder, fault: str, now: float) -> None:
-        run = TokenRun(
-            request_id=share.spec.request_id,
-            attempt=share.attempt,
-            position=count(share.tokens),
-            ids=b"",
-            finish_reason="error",
-            detail=fault,
-        )
-        self._retained.add(run, share.spec.gateway, now)
-        self._outbox.add(share.spec.gateway, run)
 
     def _on_drop(self, drop: Drop) -> list[Command]:
         self._retained.forget(drop.request_id, drop.attempt)
@@ -267,11 +275,11 @@ class Worker:
         return [self._slice_done(None, results=(result,), refused=UNKNOWN_REQUEST)]
 
     def _drain(self, now: float) -> list[Command]:
-        if self._draining_since is not None:
+        if self._draining:
             return []
         self._draining_since = now
         self._beat_now(now)
-        return [GiveBack(DRAINING)]
+        return [GiveBack(DRAINING), *self._leases.park_used_up()]
 
     # ------------------------------------------------------------------------- the engine
 
@@ -280,25 +288,27 @@ class Worker:
             self._memory = event.memory
         for tokens in event.report.tokens:
             self._on_tokens(tokens, now)
-        return [self._on_end(end) for end in event.report.ended]
+        commands: list[Command] = [self._on_end(end) for end in event.report.ended]
+        results, parking = self._leases.on_step(event.report, draining=self._draining)
+        if results:
+            summed = self._leases.take_timings()
+            timings = event.report.timings or summed
+            commands.append(self._slice_done(None, "leased", results=results, timings=timings))
+        return commands + parking
 
     def _on_tokens(self, tokens: StepTokens, now: float) -> None:
         held = self._held.get(tokens.request_id)
         if held is None or held.attempt != tokens.attempt:
             return
         held.position = tokens.position + len(tokens.ids)
-        run = TokenRun(
-            request_id=tokens.request_id,
-            attempt=tokens.attempt,
-            position=tokens.position,
-            ids=pack(tokens.ids),
-            finish_reason=tokens.finish_reason,
-            ending_token=tokens.ending_token,
-            logprobs=tokens.logprobs,
-            prompt_logprobs=tokens.prompt_logprobs,
-        )
-        self._retained.add(run, held.gateway, now)
-        self._outbox.add(held.gateway, run)
+        run = run_of(tokens)
+        if isinstance(held, Lease):
+            held.made += run.ids
+        self._send(run, held.gateway, now)
+
+    def _send(self, run: TokenRun, gateway: str, now: float) -> None:
+        self._retained.add(run, gateway, now)
+        self._outbox.add(gateway, run)
 
     def _on_end(self, end: SliceEnd) -> SliceDone:
         batch = self._open.pop(end.batch_id)
@@ -311,10 +321,11 @@ class Worker:
     def _on_refused(self, event: BatchRefused) -> list[Command]:
         if event.memory is not None:
             self._memory = event.memory
-        batch = self._open.pop(event.order.batch_id)
-        for share in batch.order.orders:
-            self._release(share.spec.request_id, share.attempt, batch.order.batch_id)
-        return [self._slice_done(batch.order, refused=event.reason)]
+        batch = self._open.pop(event.order.batch_id, None)
+        order = batch.order if batch else event.order
+        for share in order.orders:
+            self._release(share.spec.request_id, share.attempt, order.batch_id)
+        return [self._slice_done(order, refused=event.reason)]
 
     def _release(self, request_id: str, attempt: int, batch_id: str) -> None:
         held = self._held.get(request_id)
@@ -325,7 +336,7 @@ class Worker:
 
     def _finish(self, commands: list[Command], now: float) -> list[Command]:
         """Tokens that are due go before results, beats after them."""
-        idle = not self._open
+        idle = not self._open and not self._held
         out: list[Command] = [*self._outbox.due(now, self._epoch, at_once=idle), *commands]
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
@@ -337,7 +348,7 @@ class Worker:
         return out
 
     def _may_leave(self, now: float) -> bool:
-        if self._draining_since is None or self._open:
+        if self._draining_since is None or self._open or self._held:
             return False
         return self._outbox.empty or now >= self._draining_since + LEAVE_S
 
@@ -357,13 +368,14 @@ class Worker:
             epoch=self._epoch,
             residents=tuple(residents) if listed else (),
             residents_listed=listed,
-            draining=self._draining_since is not None,
+            draining=self._draining,
             leaving=leaving,
         )
 
     def _slice_done(
         self,
         order: RunSlice | None,
+        form: Form | None = None,
         *,
         results: tuple[SliceResult, ...] = (),
         timings: SliceTimings | None = None,
@@ -373,7 +385,7 @@ class Worker:
             epoch=self._epoch,
             worker=self._info.worker,
             batch_id=order.batch_id if order else "",
-            form=order.form if order else self._engine.forms[0],
+            form=order.form if order else form or self._engine.forms[0],
             results=results,
             timings=timings or SliceTimings(),
             memory=self._memory,
@@ -384,13 +396,3 @@ class Worker:
         self._known[batch_id] = None
         if len(self._known) > BATCH_IDS_MAX:
             self._known.popitem(last=False)
-
-
-def _result(share: SliceOrder, reason: str, detail: str) -> SliceResult:
-    return SliceResult(
-        request_id=share.spec.request_id,
-        attempt=share.attempt,
-        position=count(share.tokens),
-        finish_reason="error" if reason == "error" else "cancelled",
-        detail=detail,
-    )
