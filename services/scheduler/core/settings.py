@@ -27,6 +27,29 @@ class Constants:
     """Split `dp`'s batches until every idle worker has one [T]. The programme's objective, the sum
     of times, ignores how many workers wait; at low load it leaves some idle [R]."""
 
+    # ---- leases
+    first_slice_tokens: int = 0
+    """The first lease on a worker; short ones tell early who is short. 0: as the others [T]. 16 to
+    32, then growing, was advised by a simulation of the survey's note [S]."""
+    lease_margin_share: float = 0.25
+    """A worker reports when this share of a slice is left of a lease, so that the next one is
+    granted before it is used up [S: at most 25 % left]."""
+    iteration_tokens: int = 512
+    """Most tokens of one iteration of a worker, decodes first (Sarathi's chunk). 512: p99 token
+    gaps of 0.14 s at 1.00x the throughput of larger chunks (13B, A100) [S]. 0: the engine's own."""
+    bind_backlog_tokens: int = 1024
+    """A worker with this much prefill queued gets no further request [S: about one chunk, to 1024;
+    without it, late binding loses its advantage]. 0: no limit."""
+    running_max: int = 256
+    """Leases of one worker (vLLM's max_num_seqs). 0: only memory limits them."""
+    gate_tests_max: int = 64
+    """Requests tried at gates in one round; the rest of a longer round follows at the next
+    wake-up, so that no call of the core takes long [T]."""
+    round_rest_s: float = 0.001
+    """Until then [T]."""
+    binds_max: int = 1024
+    """Requests bound to workers in one round, with early binding [T]."""
+
     # ---- rounds
     interval_share: float = 0.5
     """lambda in max(lambda x least load, floor), of `adaptive` pacing [M]."""
@@ -40,6 +63,90 @@ class Constants:
     """`adaptive` pacing: do not wait for the interval while a worker has nothing to do [T]."""
     empty_round_s: float = 0.25
     """After a round that could place nothing, wait this long [T]."""
+
+    # ---- admission by memory and its future (policies/gates.py, lengths.py)
+    history_window: int = 1000
+    """W: finished requests that predictions rest on, of those that the estimator sends. About 1000
+    in Past-Future (second hand); its artifact's server has 40, LightLLM's PR #348 200."""
+    cold_start_share: float = 0.5
+    """A history begins with this share of W in stand-ins, which go as real ones come: W/2 in the
+    artifact."""
+    cold_start_tokens: int = 0
+    """Length of a stand-in; 0: each request's own limit, as Past-Future's preset maximum (second
+    hand). The artifact's simulator has 512, its server 6000."""
+    lengths_interpolated: bool = True
+    """Between known lengths the distribution is linear, with a last segment to the limit, as in
+    the artifact. False: only known lengths, as the paper is told to have it (second hand)."""
+    lengths_within_cap: bool = True
+    """No drawn length is above the request's own limit. False: the artifact's simulator, whose
+    limit of 4096 does not bind the lengths of its history."""
+    censored_open: bool = True
+    """A length cut by its token limit stands for the longer ones (Kaplan and Meier) [T]. False: it
+    counts as it is, as in the artifact."""
+    future_reserve: float = 0.03
+    """r of `past-future`: the share of memory its predicted peak leaves free. 3 % in the artifact's
+    simulator, 5 % in its server."""
+    future_lists_max: int = 5
+    """At most so many joint samples; the largest peak counts. Artifact."""
+    future_lists_budget: int = 200
+    """And not more than budget / batch + 1 of them. Artifact."""
+    requeued_conditioned: bool = True
+    """A re-queued request is sampled given what it made [T]. False: a whole new length on top of
+    it, as in the artifact's simulator."""
+    count_last_token: bool = False
+    """A request's last token counts as held, as in the artifact's simulator; in truth it is
+    written when the next one is made [T]."""
+    oracle_reserve: float = 0.0
+    """r of `oracle`. With 5 % it is what the artifact's server compares, since its requests tell
+    their true length."""
+    aggressive_watermark: float = 0.99
+    """a of `aggressive`: what is held and the newcomer stay within this share of memory. Artifact:
+    99, 95 and 90 %."""
+    aggressive_counts_made: bool = True
+    """The newcomer's own output so far counts [T]. False: the artifact's simulator."""
+    aggressive_full_at: float = 1.0
+    """Nobody joins from this share held on. The artifact's server has 0.95 with a watermark of
+    1."""
+    conservative_overcommit: float = 1.0
+    """`conservative` lets worst cases sum up to this share of memory: 100, 125 and 150 % in the
+    artifact's simulator, 95 % in its server."""
+    conservative_output_tokens: int = 0
+    """The output that `conservative` expects of everybody; 0: each one's own limit. The artifact's
+    server has 12000."""
+    prompt_watermark: float = 0.0
+    """Share of memory that `prompt-fits` keeps free: none in vLLM V1; 1 % in vLLM V0 and
+    Sarathi."""
+    larry_reserve: float = 0.1
+    """x of `larry-a`: share of memory kept for the running requests [R]; the paper's value is not
+    known."""
+
+    # ---- order of waiting requests
+    victims_first: bool = True
+    """Who lost its place for want of memory leads its priority, as vLLM pushes it to the front of
+    the queue [C]."""
+    srpt_ageing_tokens_per_s: float = 20.0
+    """`srpt`: predicted tokens that a second of waiting makes up for [T]: about what the request
+    would have made in it, had it run."""
+    edf_default_s: float = 10.0
+    """`edf`: due so long after the wait began, where the request names no deadline [T]: the time
+    to first token that the acceptance of Past-Future's evaluation allows."""
+    mlfq_quantum_s: float = 0.01
+    """`mlfq`: service in the first level; doubled from level to level, as in FastServe [C]."""
+    mlfq_levels: int = 12
+    """`mlfq`: 10 ms to 20 s; the last level is never left [T]."""
+    mlfq_idle_s: float = 3.0
+    """`mlfq`: without service for so long, back to the first level, as in FastServe [C]."""
+    fair_input_weight: float = 1.0
+    """`fair`: price of a prefilled token, as in VTC [C]."""
+    fair_output_weight: float = 2.0
+    """`fair`: price of a made token, as in VTC [C]."""
+    larry_boost: float = 1.0
+    """`larry`: beta per waiting request; 0 is first come, first served [T]."""
+
+    # ---- victims
+    victim_spared_tokens: int = 0
+    """`least-computed`: spare who has made more output than this, unless all have; 0: nobody. The
+    survey note's LARRY spares them, with a number that is not known [R]."""
 
     # ---- limits
     waiting_max: int = 4096
