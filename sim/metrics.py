@@ -89,8 +89,8 @@ METRICS: tuple[Metric, ...] = (
         "Without an objective it equals the throughput.",
     ),
     Metric("output_tps", "output", "tokens/s", 0, "higher", "Output tokens over the duration."),
-    Metric("prompt_tokens", "prompt tokens", "tokens", 0, "", "Total of all requests."),
-    Metric("output_tokens", "output tokens", "tokens", 0, "", "Total that reached the clients."),
+    Metric("prompt_tokens", "prompt tokens", "", 0, "", "Total of all requests."),
+    Metric("output_tokens", "output tokens", "", 0, "", "Total that reached the clients."),
     *_spread(
         "ttft_s",
         "time to first token (TTFT)",
@@ -162,7 +162,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "invalid_tokens",
         "invalid tokens",
-        "tokens",
+        "",
         0,
         "lower",
         "Computed for requests of a closed batch that had already ended.",
@@ -170,7 +170,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "pad_tokens",
         "pad tokens",
-        "tokens",
+        "",
         0,
         "lower",
         "Computed to fill prompts of a closed batch up to its longest.",
