@@ -1,6 +1,7 @@
 """A worker's core on a bench: a clock, and short names for what is asked of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from services.worker.core.events import (
     Command,
@@ -24,12 +25,15 @@ MEMORY = WorkerMemory(kv_tokens_capacity=1_000)
 TIMINGS = SliceTimings(iterations=3, batch_size=1)
 
 
+LEASED_ENGINE = replace(ENGINE, engine="leaser", forms=("leased",), kv_block_tokens=16)
+
+
 class Bench:
     """A worker under test, and its clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineInfo = ENGINE) -> None:
         self.now = 100.0
-        self.core = Worker("worker-1", "w", ENGINE, MEMORY, self.now)
+        self.core = Worker("worker-1", "w", engine, MEMORY, self.now)
         assert kinds(self.core.wake(self.now)) == ["WorkerBeat"]
 
     def do(self, event: object, after_s: float = 0.0) -> list[Command]:
