@@ -1,0 +1,486 @@
+"""A pretend worker that runs leases: what a real one would do and when, without a model.
+
+Theory of operation. Every request has a seat. A seat prefills (in order of arrival, in chunks),
+then runs, pauses when its lease is used up, and leaves when it ends, is parked or is dropped.
+Time moves in jumps: a jump is one iteration with prefill in it, or as many iterations of decodes
+alone as pass before a seat has something to report. All running seats make one token an
+iteration, so none of them is touched in a jump: a seat's position is its `base` plus the engine's
+count of decode steps, and what it will report next stands in a heap under the step at which it
+will. A long generation costs a few operations a lease, not one a token.
+
+What comes from outside (`add`, `renew`, `park`, `drop`) cuts the current jump at the end of the
+iteration that runs, unless it can wait. `advance(now)` completes jumps and returns what there is
+to report. The engine keeps the truth about its blocks and never uses more than it has.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+
+from services.worker.core.pretend_blocks import BlockPool
+from services.worker.core.pretend_parts import Costs, GapLog, Noise, Progress, Tally, no_noise
+from services.worker.core.pretend_seats import Jump, Measured, Seat, Stage
+from shared.messages import FinishReason, SliceTimings
+
+ITERATION_TOKENS = 2048
+"""The engine's own limit where an order gives none: vLLM V1's default before Hopper."""
+
+
+class LeasedEngine:
+    """See the module's text. `noise` draws the factor of a jump from the caller's generator."""
+
+    def __init__(
+        self, costs: Costs, kv_tokens: int, block_tokens: int = 1, noise: Noise = no_noise
+    ) -> None:
+        self.pool = BlockPool(kv_tokens, block_tokens)
+        self.tally = Tally()
+        self._costs = costs
+        self._noise = noise
+        self._margin_tokens = 0
+        self._iteration_tokens = ITERATION_TOKENS
+        self._prefill_first = False
+        self._seats: dict[str, Seat] = {}
+        self._steps = 0
+        self._running = 0
+        self._contexts = 0
+        """Sum of prompt plus output of the running seats."""
+        self._prefills: deque[Seat] = deque()
+        self._events: list[tuple[int, int, Seat]] = []
+        self._ticks = 0
+        self._fresh: list[Seat] = []
+        """Running seats that have not run a step yet."""
+        self._joining: list[Seat] = []
+        """Paused seats with a new lease: they run when the running iteration is over."""
+        self._leaving: list[tuple[Seat, bool]] = []
+        """(seat, whether to report it): they go when the running iteration is over."""
+        self._jump: Jump | None = None
+        self._gaps = GapLog()
+        self._stepped_at = 0.0
+        self._reports: list[Progress] = []
+        self._measured = Measured()
+
+    # ------------------------------------------------------------------------ what comes in
+
+    def configure(self, margin_tokens: int, iteration_tokens: int, prefill_first: bool) -> None:
+        """As the latest RunSlice says, for all that comes from now on."""
+        self._margin_tokens = margin_tokens
+        self._iteration_tokens = iteration_tokens or ITERATION_TOKENS
+        self._prefill_first = prefill_first
+
+    def add(
+        self,
+        request_id: str,
+        attempt: int,
+        *,
+        prompt_tokens: int,
+        made: int,
+        lease_tokens: int,
+        true_length: int,
+        max_tokens: int,
+        now: float,
+    ) -> None:
+        """A new request, or a new attempt at one, whose older attempt is dropped. `true_length` is
+        where the model would end it by itself; only the engine's owner knows it."""
+        old = self._seats.get(request_id)
+        if old is not None and old.attempt >= attempt:
+            return
+        if old is not None:
+            self._leaving.append((old, False))
+        self._ticks += 1
+        ends = true_length <= max_tokens
+        seat = Seat(
+            request_id=request_id,
+            attempt=attempt,
+            prompt_tokens=prompt_tokens,
+            made=made,
+            length=true_length if ends else max_tokens,
+            reason="stop" if ends else "length",
+            cap=max_tokens,
+            until=made + max(1, lease_tokens),
+            number=self._ticks,
+            arrived_at=now,
+            base=made,
+            reported=made,
+        )
+        self._seats[request_id] = seat
+        self.pool.reserved += seat.lease_blocks(self.pool.size)
+        self._prefills.append(seat)
+        self._interrupt(now)
+
+    def renew(self, request_id: str, attempt: int, until: int, now: float) -> None:
+        """A longer lease. A running seat takes it up without a break."""
+        seat = self._seats.get(request_id)
+        if seat is None or seat.attempt != attempt or until <= seat.until:
+            return
+        self.pool.reserved -= seat.lease_blocks(self.pool.size)
+        seat.until, seat.margin_told = until, False
+        self.pool.reserved += seat.lease_blocks(self.pool.size)
+        if seat.stage is Stage.RUNNING:
+            self._schedule(seat)
+            if self._jump is not None and seat.event_step < self._steps + self._jump.steps:
+                self._interrupt(now)
+        elif seat.stage is Stage.PAUSED and seat not in self._joining:
+            self._joining.append(seat)
+            self._interrupt(now)
+
+    def park(self, request_id: str, attempt: int, now: float) -> None:
+        """End the lease after the running iteration, and say so."""
+        seat = self._seats.get(request_id)
+        if seat is not None and seat.attempt == attempt:
+            self._leaving.append((seat, True))
+            self._interrupt(now)
+
+    def drop(self, request_id: str, attempt: int, now: float) -> None:
+        """Forget attempts up to this one, without a word."""
+        seat = self._seats.get(request_id)
+        if seat is not None and seat.attempt <= attempt:
+            self._leaving.append((seat, False))
+            self._interrupt(now)
+
+    # ------------------------------------------------------------------------- what it says
+
+    def next_at(self) -> float | None:
+        """When to call `advance` next; None while nothing runs. What comes in may bring it
+        forward, so ask again after that."""
+        if self._reports:
+            return self._reports[0].at
+        return self._jump.end if self._jump is not None else None
+
+    def advance(self, now: float) -> list[Progress]:
+        """Complete the jumps that end by `now`, and begin the next. Reports are in order of time;
+        those of one iteration have the same `at`."""
+        while self._jump is not None and self._jump.end <= now:
+            end = self._jump.end
+            self._complete(self._jump)
+            self._plan(end)
+        reports, self._reports = self._reports, []
+        return reports
+
+    def positions(self, now: float) -> Iterator[tuple[str, int, int]]:
+        """(request, attempt, output tokens) of every seat after the iterations over by `now`."""
+        within = self._steps_by(now)
+        for seat in self._seats.values():
+            yield seat.request_id, seat.attempt, self._position(seat, within)
+
+    def position_of(self, request_id: str, attempt: int, now: float) -> int | None:
+        """Output tokens of one seat after the iterations over by `now`; None if it is not here."""
+        seat = self._seats.get(request_id)
+        if seat is None or seat.attempt != attempt:
+            return None
+        return self._position(seat, self._steps_by(now))
+
+    def last_token_at(self, request_id: str, now: float) -> float | None:
+        """When its newest token was there; None if it is not here or has made none here."""
+        seat = self._seats.get(request_id)
+        if seat is None or seat.stage is Stage.PREFILLING:
+            return None
+        steps, jump = self._steps_by(now), self._jump
+        if seat.stage is Stage.RUNNING and steps and jump is not None:
+            taken_s = self._costs.decode_steps_s(jump.decodes, self._contexts, steps)
+            return jump.start + jump.factor * taken_s
+        stepped = seat.stepped and seat.stage is Stage.RUNNING
+        return self._stepped_at if stepped else seat.last_at
+
+    @property
+    def running(self) -> int:
+        """Seats that make a token an iteration."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """Seats whose prefill is not over."""
+        return len(self._prefills)
+
+    @property
+    def seats(self) -> int:
+        """Requests here, in whatever stage."""
+        return len(self._seats)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Slots of all blocks in use after the last completed jump."""
+        return self.pool.used * self.pool.size
+
+    def take_timings(self) -> SliceTimings:
+        """Measured since the last call. If somebody's prefill ended, it is about that prefill
+        (batch size 1, from its first chunk to its first token, whatever ran beside it). Else about
+        the iterations of decodes alone, as of a closed batch of the mean size whose input was the
+        mean context; `iterations` is then one more than the steps."""
+        measured, self._measured = self._measured, Measured()
+        return measured.as_message()
+
+    # -------------------------------------------------------------------------------- jumps
+
+    def _interrupt(self, now: float) -> None:
+        """Something changed: the current jump ends with the iteration that runs now."""
+        jump = self._jump
+        if jump is None:
+            self._plan(now)
+        elif jump.steps > 1:
+            steps = self._steps_by(now) + 1
+            if steps < jump.steps:
+                taken_s = self._costs.decode_steps_s(jump.decodes, self._contexts, steps)
+                jump.steps, jump.end = steps, max(now, jump.start + jump.factor * taken_s)
+
+    def _plan(self, now: float) -> None:
+        """Begin the next jump, if there is anything to do."""
+        self._jump = None
+        if self._leaving:
+            self._let_leave(now)
+        if self._joining:
+            self._let_join()
+        while True:
+            chunks = self._next_chunks() if self._prefills else []
+            decodes = 0 if chunks and self._prefill_first else self._running
+            if not chunks and not decodes:
+                return
+            steps = (1 if chunks else self._steps_until_event()) if decodes else 0
+            if not self.pool.promised_too_much:
+                break
+            steps = min(steps, 1)  # nobody promised that this fits: look at every iteration
+            need = sum(self.pool.growth(seat, tokens) for seat, tokens in chunks)
+            if self.pool.used + need + self.pool.begun(self._steps, steps) <= self.pool.most:
+                break
+            self._evict(max(self._seats.values(), key=lambda seat: seat.number), now)
+        self._jump = self._jump_of(now, chunks, decodes, steps)
+
+    def _jump_of(
+        self, now: float, chunks: list[tuple[Seat, int]], decodes: int, steps: int
+    ) -> Jump:
+        costs, contexts = self._costs, self._contexts
+        if chunks:
+            parts = [(tokens, seat.filled) for seat, tokens in chunks]
+            first_s = whole_s = costs.iteration_s(parts, decodes, contexts if decodes else 0)
+        else:
+            first_s = whole_s = costs.decode_steps_s(decodes, contexts, 1)
+            if steps > 1:
+                whole_s = costs.decode_steps_s(decodes, contexts, steps)
+        factor = self._noise(steps or 1)
+        return Jump(now, now + factor * whole_s, steps, decodes, factor, factor * first_s, chunks)
+
+    def _next_chunks(self) -> list[tuple[Seat, int]]:
+        """Chunks of prefill for one iteration, in order of arrival."""
+        room = self._iteration_tokens - (0 if self._prefill_first else self._running)
+        chunks = []
+        for seat in self._prefills:
+            if room <= 0:
+                break
+            tokens = min(seat.input_tokens - seat.filled, room)
+            chunks.append((seat, tokens))
+            room -= tokens
+        return chunks
+
+    def _steps_until_event(self) -> int:
+        """Decode steps until somebody has something to report."""
+        events = self._events
+        while True:
+            step, _, seat = events[0]
+            if seat.event_step == step and seat.stage is Stage.RUNNING:
+                return max(1, step - self._steps)
+            heapq.heappop(events)
+
+    def _steps_by(self, now: float) -> int:
+        """Whole decode steps of the current jump that are over by `now`."""
+        jump = self._jump
+        if jump is None or not jump.steps or now < jump.start + jump.first_s:
+            return 0
+        if now >= jump.end:
+            return jump.steps
+        if jump.steps == 1:
+            return 0
+        passed_s = (now - jump.start) / jump.factor
+        within = self._costs.decode_steps_within(jump.decodes, self._contexts, passed_s)
+        return min(max(within, 1), jump.steps - 1)
+
+    def _complete(self, jump: Jump) -> None:
+        """The jump is over: count it, then see who has something to report."""
+        tally, pool, steps = self.tally, self.pool, jump.steps
+        used = pool.used
+        self._measured.count(jump, self._contexts)
+        if steps:
+            pool.used += pool.begun(self._steps, steps)
+            self._log_gaps(jump)
+            self._steps += steps
+            self._contexts += jump.decodes * steps
+            tally.decode_tokens += jump.decodes * steps
+        for seat, tokens in jump.chunks:
+            self._fill(seat, tokens, jump.start)
+        assert pool.used <= pool.most, "more blocks in use than there are"
+        iterations = max(1, steps)
+        tally.busy_s += jump.end - jump.start
+        tally.iterations += iterations
+        tally.sequence_iterations += iterations * (jump.decodes + len(jump.chunks))
+        tally.count_memory(jump.start, used)
+        tally.count_memory(jump.end, (used + pool.used) / 2)
+        tally.kv_blocks_peak = max(tally.kv_blocks_peak, pool.used)
+        self._jump = None
+        if steps:
+            self._events_due(jump.end)
+        if jump.chunks:
+            self._prefills_over(jump.end)
+
+    def _log_gaps(self, jump: Jump) -> None:
+        """How long the running seats waited for the tokens of this jump."""
+        first, first_end = self._steps + 1, jump.start + jump.first_s
+        self._gaps.add(first, first_end - self._stepped_at)
+        for seat in self._fresh:
+            if seat.stage is Stage.RUNNING:
+                seat.gap_s = max(seat.gap_s, first_end - seat.last_at)
+                seat.gap_from, seat.stepped = first, True
+        self._fresh.clear()
+        if jump.steps > 1:
+            contexts = self._contexts + jump.decodes * (jump.steps - 1)
+            last_s = jump.factor * self._costs.decode_steps_s(jump.decodes, contexts, 1)
+            self._gaps.add(self._steps + jump.steps, last_s)
+        self._stepped_at = jump.end
+
+    def _events_due(self, now: float) -> None:
+        events = self._events
+        while events and events[0][0] <= self._steps:
+            step, _, seat = heapq.heappop(events)
+            if seat.event_step == step and seat.stage is Stage.RUNNING:
+                self._look_at(seat, now, first=False)
+
+    def _fill(self, seat: Seat, tokens: int, began_at: float) -> None:
+        if seat.began_at < 0:
+            seat.began_at = began_at
+        self.pool.used += self.pool.growth(seat, tokens)
+        seat.filled += tokens
+        self.tally.prefill_tokens += tokens
+
+    def _prefills_over(self, now: float) -> None:
+        prefills = self._prefills
+        while prefills and prefills[0].filled >= prefills[0].input_tokens:
+            seat = prefills.popleft()
+            seat.last_at = now
+            seat.base = seat.made + (seat.made < seat.length)
+            self._run(seat)
+            self._measured.prefilled(seat, now)
+            self._look_at(seat, now, first=True)
+
+    # -------------------------------------------------------------------------------- seats
+
+    def _position(self, seat: Seat, within: int) -> int:
+        """Output tokens, `within` steps into the current jump."""
+        if seat.stage is Stage.RUNNING:
+            return seat.base + self._steps + within
+        return seat.base
+
+    def _look_at(self, seat: Seat, now: float, *, first: bool) -> None:
+        """It has reached something that was to be reported, or it has its first token."""
+        position = self._position(seat, 0)
+        if position >= seat.length:
+            self._report(seat, now, position, first=first, reason=seat.reason)
+            self._depart(seat, now)
+            return
+        low = seat.until - position <= self._margin_tokens and seat.until < seat.cap
+        if position >= seat.until:
+            self._rest(seat, Stage.PAUSED)
+            self._report(seat, now, position, first=first, resident=True)
+        elif first or (low and not seat.margin_told):
+            self._report(seat, now, position, first=first, resident=True)
+        seat.margin_told = seat.margin_told or low
+        if seat.stage is Stage.RUNNING:
+            self._schedule(seat)
+
+    def _schedule(self, seat: Seat) -> None:
+        """Put the next thing that it has to report into the heap."""
+        step = min(seat.length, seat.until) - seat.base
+        if not seat.margin_told and seat.until < seat.cap:
+            low = seat.until - self._margin_tokens - seat.base
+            step = min(step, max(low, self._steps + 1))
+        if step != seat.event_step:
+            seat.event_step = step
+            self._ticks += 1
+            heapq.heappush(self._events, (step, self._ticks, seat))
+
+    def _report(
+        self,
+        seat: Seat,
+        now: float,
+        position: int,
+        *,
+        first: bool = False,
+        reason: FinishReason | None = None,
+        resident: bool = False,
+        evicted: bool = False,
+    ) -> None:
+        gap_s, last_at = seat.gap_s, seat.last_at
+        if seat.stepped and seat.stage is Stage.RUNNING:
+            gap_s = max(gap_s, self._gaps.longest_after(seat.gap_from))
+            last_at = self._stepped_at
+        report = Progress(
+            request_id=seat.request_id,
+            attempt=seat.attempt,
+            at=now,
+            position=seat.reported,
+            tokens=position - seat.reported,
+            first=first,
+            finish_reason=reason,
+            resident=resident,
+            evicted=evicted,
+            gap_s=gap_s,
+            first_at=seat.last_at if first else 0.0,
+            last_at=last_at,
+        )
+        self._reports.append(report)
+        seat.reported, seat.gap_s, seat.gap_from = position, 0.0, max(seat.gap_from, self._steps)
+
+    def _run(self, seat: Seat) -> None:
+        """It makes a token an iteration from the next jump on. `base` is its position."""
+        self._contexts += seat.prompt_tokens + seat.base
+        seat.stage = Stage.RUNNING
+        seat.base -= self._steps
+        seat.event_step = -1
+        seat.gap_from, seat.stepped = self._steps, False
+        self._running += 1
+        self.pool.begins(seat)
+        self._fresh.append(seat)
+
+    def _rest(self, seat: Seat, stage: Stage) -> None:
+        """It runs no more."""
+        if seat.stage is Stage.RUNNING:
+            self.pool.ends(seat)
+            seat.base += self._steps
+            if seat.stepped:
+                seat.gap_s = max(seat.gap_s, self._gaps.longest_after(seat.gap_from))
+                seat.last_at, seat.gap_from = self._stepped_at, self._steps
+            self._running -= 1
+            self._contexts -= seat.prompt_tokens + seat.base
+            if not self._running:
+                self._gaps.clear()
+        seat.stage = stage
+
+    def _let_join(self) -> None:
+        joining, self._joining = self._joining, []
+        for seat in joining:
+            if seat.stage is Stage.PAUSED:
+                self._run(seat)
+                self._schedule(seat)
+
+    def _let_leave(self, now: float) -> None:
+        leaving, self._leaving = self._leaving, []
+        for seat, told in leaving:
+            if seat.stage is Stage.GONE:
+                continue
+            if told:
+                self._report(seat, now, self._position(seat, 0))
+            self._depart(seat, now)
+
+    def _evict(self, seat: Seat, now: float) -> None:
+        """There are no blocks left: the newest goes. A scheduler that keeps its books right never
+        lets it come to this."""
+        self.tally.evictions += 1
+        self._report(seat, now, self._position(seat, 0), evicted=True)
+        self._depart(seat, now)
+
+    def _depart(self, seat: Seat, now: float) -> None:
+        """Free its blocks and forget it."""
+        self.tally.count_memory(now, self.pool.used)
+        self.pool.used -= self.pool.held(seat, self._position(seat, 0))
+        self.pool.reserved -= seat.lease_blocks(self.pool.size)
+        if seat.stage is Stage.PREFILLING and seat in self._prefills:
+            self._prefills.remove(seat)
+        self._rest(seat, Stage.GONE)
+        if self._seats.get(seat.request_id) is seat:
+            del self._seats[seat.request_id]
