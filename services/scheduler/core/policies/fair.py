@@ -1,0 +1,196 @@
+"""Fair order: the tenant that has been given least is next, by virtual token counters (VTC).
+
+A counter per tenant rises with the service that its requests are given: `fair_input_weight` a
+prefilled token and `fair_output_weight` a made one. A tenant that had nothing waiting and comes
+back is lifted to the least counter of those that wait, so that idleness is not saved up [C: VTC's
+artifact, as the research note reads it]. If nobody waits, it is lifted to the counter of the
+tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Inside a tenant: first
+come, first served. Tenants are charged over all priorities, but priorities come first.
+"""
+
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush, heapreplace
+
+from services.scheduler.core.policies.lanes import GARBAGE_MIN, Lane, Sorted
+from services.scheduler.core.policies.ranks import Ranked
+from services.scheduler.core.settings import Constants
+from services.scheduler.core.state import Request
+
+ACCOUNTS_MAX = 8192
+"""Counters kept. Beyond, half of the tenants that have nothing waiting are forgotten, the least
+served first: they are the ones that a return would lift in any case."""
+Key = tuple[float, int]
+
+
+class Rising:
+    """The name with the least key, where keys rise unnoticed and a fall is told by `post`.
+
+    A heap whose entries may be out of date: one that comes up is compared with the key of now and
+    goes back if that is larger. O(log n) per rise of a key, and only if it matters.
+    """
+
+    def __init__(self, key: Callable[[str], Key]) -> None:
+        self._key = key
+        self._posted: dict[str, tuple[Key, int, str]] = {}
+        self._heap: list[tuple[Key, int, str]] = []
+        self._posts = 0
+
+    def post(self, name: str) -> None:
+        """It is new, or its key has fallen."""
+        heappush(self._heap, self._entry(name))
+        if len(self._heap) > 2 * len(self._posted) + GARBAGE_MIN:
+            self._heap = list(self._posted.values())
+            heapify(self._heap)
+
+    def drop(self, name: str) -> None:
+        self._posted.pop(name, None)
+
+    def least(self) -> str | None:
+        while self._heap:
+            entry = self._heap[0]
+            name = entry[2]
+            if self._posted.get(name) is not entry:
+                heappop(self._heap)
+            elif self._key(name) != entry[0]:
+                heapreplace(self._heap, self._entry(name))
+            else:
+                return name
+        return None
+
+    def _entry(self, name: str) -> tuple[Key, int, str]:
+        self._posts += 1
+        entry = (self._key(name), self._posts, name)
+        self._posted[name] = entry
+        return entry
+
+
+class Accounts:
+    """How much each tenant has been given, in weighted tokens, and who has something waiting."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._input_weight = constants.fair_input_weight
+        self._output_weight = constants.fair_output_weight
+        self._given: dict[str, float] = {}
+        self._waiting: dict[str, int] = {}
+        self._least = Rising(lambda tenant: (self.given(tenant), 0))
+        self._last = ""
+
+    def given(self, tenant: str) -> float:
+        return self._given.get(tenant, 0.0)
+
+    def price(self, prefill_tokens: int, decode_tokens: int) -> float:
+        return self._input_weight * prefill_tokens + self._output_weight * decode_tokens
+
+    def charge(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> None:
+        self._given[tenant] = self.given(tenant) + self.price(prefill_tokens, decode_tokens)
+        self._forget()
+
+    def enter(self, tenant: str) -> None:
+        """One more request of this tenant waits."""
+        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
+        if self._waiting[tenant] > 1:
+            return
+        least = self._least.least()
+        floor = self.given(self._last if least is None else least)
+        self._given[tenant] = max(self.given(tenant), floor)
+        self._least.post(tenant)
+        self._forget()
+
+    def leave(self, tenant: str) -> None:
+        """One fewer."""
+        self._waiting[tenant] -= 1
+        self._last = tenant
+        if self._waiting[tenant] == 0:
+            del self._waiting[tenant]
+            self._least.drop(tenant)
+
+    def _forget(self) -> None:
+        if len(self._given) <= max(ACCOUNTS_MAX, 2 * len(self._waiting)):
+            return
+        away = sorted((given, t) for t, given in self._given.items() if t not in self._waiting)
+        for _, tenant in away[: (len(away) + 1) // 2]:
+            if tenant != self._last:
+                del self._given[tenant]
+
+
+class Fair:
+    """A lane in which the tenant with the least counter is next."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._tenants: dict[str, Sorted] = {}
+        self._least = Rising(self._key)
+        self._count = 0
+
+    def push(self, request: Request) -> None:
+        tenant = request.spec.tenant
+        if tenant not in self._tenants:
+            self._tenants[tenant] = Sorted(lambda r: ())
+        before = len(self._tenants[tenant])
+        self._tenants[tenant].push(request)
+        self._count += len(self._tenants[tenant]) - before
+        if before == 0 or self._tenants[tenant].head(0.0) is request:
+            self._least.post(tenant)
+
+    def remove(self, request: Request) -> None:
+        tenant = request.spec.tenant
+        lane = self._tenants.get(tenant)
+        if lane is None:
+            return
+        self._count -= len(lane)
+        lane.remove(request)
+        self._count += len(lane)
+        if not lane:
+            del self._tenants[tenant]
+            self._least.drop(tenant)
+
+    def head(self, now: float) -> Request | None:
+        tenant = self._least.least()
+        return None if tenant is None else self._tenants[tenant].head(now)
+
+    def ordered(self, now: float) -> list[Request]:
+        """As if each were charged its input when its turn comes: a request comes when its tenant
+        has been given what those before it will be."""
+        turns: list[tuple[float, int, int]] = []
+        requests: list[Request] = []
+        for tenant, lane in self._tenants.items():
+            given = self._accounts.given(tenant)
+            for request in lane.ordered(now):
+                turns.append((given, request.number, len(requests)))
+                requests.append(request)
+                given += self._accounts.price(request.input_tokens, 0)
+        return [requests[index] for _, _, index in sorted(turns)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _key(self, tenant: str) -> Key:
+        head = self._tenants[tenant].head(0.0)
+        assert head is not None, tenant
+        return self._accounts.given(tenant), head.number
+
+
+class FairQueue(Ranked):
+    """A queue that keeps accounts of its tenants."""
+
+    def __init__(self, constants: Constants) -> None:
+        self._accounts = Accounts(constants)
+        super().__init__(self._lane, constants)
+
+    def push(self, request: Request, now: float) -> None:
+        waited = request in self
+        super().push(request, now)
+        if not waited:
+            self._accounts.enter(request.spec.tenant)
+
+    def remove(self, request: Request) -> None:
+        waited = request in self
+        super().remove(request)
+        if waited:
+            self._accounts.leave(request.spec.tenant)
+
+    def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
+        self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
+
+    def _lane(self) -> Lane:
+        return Fair(self._accounts)

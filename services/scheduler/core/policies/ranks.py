@@ -1,0 +1,68 @@
+"""Ranks: a queue's classes. Lower `priority` first; in it, who lost its place for want of memory.
+
+Within a rank a lane keeps the order. A rank that empties is dropped with its lane, so clients that
+think of many priorities leave nothing behind.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+
+from services.scheduler.core.policies.lanes import Key, Lane, Sorted
+from services.scheduler.core.settings import Constants
+from services.scheduler.core.state import Request
+
+Rank = tuple[int, bool]
+"""(priority, not a victim): the least is served first."""
+
+
+def _latest_victim_first(request: Request) -> Key:
+    """As vLLM pushes them to the front one by one, the last admitted first [C]: the latest to be
+    evicted leads, and of those evicted at once the earliest arrival."""
+    return (-request.evicted_at,)
+
+
+class Ranked:
+    """A queue whose order within a rank is that of the lanes it is given."""
+
+    def __init__(self, lane: Callable[[], Lane], constants: Constants) -> None:
+        self._lane = lane
+        self._victims_first = constants.victims_first
+        self._lanes: dict[Rank, Lane] = {}
+        self._ranks: list[Rank] = []
+        self._home: dict[str, Rank] = {}
+
+    def push(self, request: Request, now: float) -> None:
+        victim = self._victims_first and request.evicted_at > 0
+        rank = (request.spec.priority, not victim)
+        if self._home.get(request.request_id, rank) != rank:
+            self.remove(request)
+        if rank not in self._lanes:
+            self._lanes[rank] = Sorted(_latest_victim_first) if victim else self._lane()
+            insort(self._ranks, rank)
+        self._home[request.request_id] = rank
+        self._lanes[rank].push(request)
+
+    def remove(self, request: Request) -> None:
+        rank = self._home.pop(request.request_id, None)
+        if rank is None:
+            return
+        lane = self._lanes[rank]
+        lane.remove(request)
+        if not lane:
+            del self._lanes[rank]
+            del self._ranks[bisect_left(self._ranks, rank)]
+
+    def head(self, now: float) -> Request | None:
+        return self._lanes[self._ranks[0]].head(now) if self._ranks else None
+
+    def ordered(self, now: float) -> list[Request]:
+        return [request for rank in self._ranks for request in self._lanes[rank].ordered(now)]
+
+    def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
+        """Nobody keeps accounts."""
+
+    def __contains__(self, request: Request) -> bool:
+        return request.request_id in self._home
+
+    def __len__(self) -> int:
+        return len(self._home)

@@ -1,0 +1,78 @@
+"""Victims: which running request is parked when a worker's memory does not last?
+
+A rule gets the requests on one worker in order of admission, at least one, and answers with the
+one to park. To park several, it is asked again without those it has named. Ties go to the last
+admitted, whose loss is most likely the least. Of all rules only `lowest-priority` looks at
+priorities, because those of the engines that they follow do not either.
+"""
+
+from collections.abc import Callable, Sequence
+
+from services.scheduler.core.policies.lengths import LengthModel
+from services.scheduler.core.settings import Constants
+from services.scheduler.core.state import Request
+
+Victim = Callable[[Sequence[Request], LengthModel, Constants], Request]
+
+
+def computed_tokens(request: Request) -> int:
+    """KV that parking throws away and a later prefill makes again; nothing yet while the prefill
+    runs, of which no progress is told."""
+    return request.input_tokens if request.first_token else 0
+
+
+def last_admitted(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants
+) -> Request:
+    """vLLM under FCFS, and what TensorRT-LLM pauses [C]."""
+    return running[-1]
+
+
+def latest_arrival(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants
+) -> Request:
+    """Who came to the mesh last: order of service is kept over re-admissions [T]."""
+    return max(running[::-1], key=lambda r: r.number)
+
+
+def least_computed(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants
+) -> Request:
+    """Fewest computed tokens, so the cheapest to make again (vLLM pull request 53723, "lcf" [A]);
+    with `victim_spared_tokens`, LARRY's third ingredient [R]."""
+    spared = constants.victim_spared_tokens
+    young = [r for r in running if r.output_tokens <= spared] if spared else running
+    return min((young or running)[::-1], key=computed_tokens)
+
+
+def largest_kv(running: Sequence[Request], lengths: LengthModel, constants: Constants) -> Request:
+    """Frees the most at once (survey note, victim choice)."""
+    return max(running[::-1], key=lambda r: r.input_tokens)
+
+
+def most_remaining(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants
+) -> Request:
+    """Whose end is farthest, by prediction: as SRPT preempts [M]."""
+
+    def remaining(request: Request) -> float:
+        return lengths.expected_remaining(request.output_tokens, request.spec.max_tokens)
+
+    return max(running[::-1], key=remaining)
+
+
+def lowest_priority(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants
+) -> Request:
+    """vLLM V1 under PRIORITY: the largest (priority, arrival) [C]."""
+    return max(running, key=lambda r: (r.spec.priority, r.number))
+
+
+VICTIMS: dict[str, Victim] = {
+    "last-admitted": last_admitted,
+    "latest-arrival": latest_arrival,
+    "least-computed": least_computed,
+    "largest-kv": largest_kv,
+    "most-remaining": most_remaining,
+    "lowest-priority": lowest_priority,
+}

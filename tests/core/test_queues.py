@@ -1,0 +1,481 @@
+"""Waiting queues against their definitions: plain lists, sorted anew for every question."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from time import thread_time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.scheduler.core.policies.estimates import Estimates
+from services.scheduler.core.policies.fair import ACCOUNTS_MAX, Accounts
+from services.scheduler.core.policies.levels import level
+from services.scheduler.core.policies.order import Queue
+from services.scheduler.core.policies.queues import QUEUES
+from services.scheduler.core.settings import Constants
+from services.scheduler.core.state import Request
+from shared import tokens
+from tests.core.seam import spec_of
+
+# Powers of two, so that sums come out the same in whatever order they are made.
+PREFILL_TOKEN_S, TOKEN_S = 1 / 1024, 1 / 16
+CONSTANTS = Constants(
+    mlfq_quantum_s=1 / 8, mlfq_levels=5, mlfq_idle_s=3.0, srpt_ageing_tokens_per_s=16.0
+)
+
+
+def expected_output(request: Request) -> float:
+    """A prediction that knows something: long prompts have long answers."""
+    return float(max(request.output_tokens + 8, request.prompt_tokens // 4))
+
+
+ESTIMATES = Estimates(
+    output_tokens=expected_output,
+    prefill_s=lambda request: request.input_tokens * PREFILL_TOKEN_S,
+    token_s=lambda: TOKEN_S,
+)
+
+
+def request_of(number: int, prompt_tokens: int = 64, made: int = 0, **changes: object) -> Request:
+    spec_names = ("tenant", "priority", "ttft_deadline_ms", "deadline_ms")
+    spec = {name: changes.pop(name) for name in spec_names if name in changes}
+    changes.setdefault("since", changes.get("arrived_at", 0.0))
+    return Request(
+        spec=spec_of(f"r{number}", **spec),
+        number=number,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens.pack(range(made)),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def make(name: str, **changes: object) -> Queue:
+    values = {field: getattr(CONSTANTS, field) for field in CONSTANTS.__slots__}
+    return QUEUES[name](Constants(**{**values, **changes}), ESTIMATES)
+
+
+def served(queue: Queue, now: float) -> list[int]:
+    """Numbers in the order in which they are next, if time stands still."""
+    numbers = []
+    while (head := queue.head(now)) is not None:
+        numbers.append(head.number)
+        queue.remove(head)
+    assert len(queue) == 0
+    return numbers
+
+
+# ------------------------------------------------------------------------------------ definitions
+
+
+def age(request: Request, now: float) -> float:
+    return now - (request.since if request.output_tokens else request.arrived_at)
+
+
+def due(request: Request) -> float:
+    dues = []
+    if request.output_tokens == 0 and request.spec.ttft_deadline_ms is not None:
+        dues.append(request.arrived_at + request.spec.ttft_deadline_ms / 1000)
+    if request.spec.deadline_ms is not None:
+        dues.append(request.arrived_at + request.spec.deadline_ms / 1000)
+    began = request.since if request.output_tokens else request.arrived_at
+    return min(dues) if dues else began + CONSTANTS.edf_default_s
+
+
+def queue_level(request: Request) -> int:
+    """With all quanta from the joined level on added up."""
+    quanta = [CONSTANTS.mlfq_quantum_s * 2**q for q in range(CONSTANTS.mlfq_levels)]
+    last = len(quanta) - 1
+    prefill_s = request.input_tokens * PREFILL_TOKEN_S
+    service_s = prefill_s + request.output_tokens * TOKEN_S
+    joined = next((q for q in range(last) if quanta[q] >= prefill_s), last)
+    sums = [sum(quanta[joined : q + 1]) for q in range(joined, last)]
+    return joined + sum(service_s > used for used in sums)
+
+
+def level_key(request: Request, now: float) -> tuple[float, float]:
+    """Levels in turn, first in, first out; promoted ones entered the first when they were."""
+    place, waited = queue_level(request), age(request, now)
+    if place and waited >= CONSTANTS.mlfq_idle_s:
+        return 0, -(waited - CONSTANTS.mlfq_idle_s)
+    return place, -waited
+
+
+def response_ratio(request: Request, now: float) -> float:
+    return age(request, now) / (request.input_tokens * PREFILL_TOKEN_S)
+
+
+def work_s(request: Request) -> float:
+    return request.input_tokens * PREFILL_TOKEN_S
+
+
+DEFINITIONS: dict[str, Callable[[Request, float, int], object]] = {
+    "fcfs": lambda r, now, count: 0,
+    "sjf": lambda r, now, count: expected_output(r),
+    "srpt": lambda r, now, count: expected_output(r) - r.output_tokens - 16 * age(r, now),
+    "mlfq": lambda r, now, count: level_key(r, now),
+    "edf": lambda r, now, count: due(r),
+    "hrrn": lambda r, now, count: -response_ratio(r, now),
+    "larry": lambda r, now, count: -(age(r, now) - min(count, 100) * work_s(r)),
+}
+
+
+@dataclass
+class Plain:
+    """Waiting requests as a list, sorted by the definition."""
+
+    name: str
+    victims_first: bool
+    waiting: dict[str, Request] = field(default_factory=dict)
+    given: dict[str, float] = field(default_factory=dict)
+    last: str = ""
+
+    def push(self, request: Request) -> None:
+        tenant = request.spec.tenant
+        backlogged = {r.spec.tenant for r in self.waiting.values()}
+        if tenant not in backlogged:
+            lift = [self.given.get(t, 0.0) for t in backlogged or {self.last}]
+            self.given[tenant] = max(self.given.get(tenant, 0.0), min(lift))
+        self.waiting[request.request_id] = request
+
+    def remove(self, request: Request) -> None:
+        if self.waiting.pop(request.request_id, None) is not None:
+            self.last = request.spec.tenant
+
+    def ordered(self, now: float) -> list[Request]:
+        ranks: dict[tuple[int, bool], list[Request]] = {}
+        for request in self.waiting.values():
+            victim = self.victims_first and request.evicted_at > 0
+            ranks.setdefault((request.spec.priority, not victim), []).append(request)
+        ordered: list[Request] = []
+        for (_, other), members in sorted(ranks.items()):
+            if not other:
+                ordered += sorted(members, key=lambda r: (-r.evicted_at, r.number))
+            elif self.name == "fair":
+                ordered += self._by_turns(members)
+            else:
+                key = DEFINITIONS[self.name]
+                count = len(members)
+                ordered += sorted(members, key=lambda r: (key(r, now, count), r.number))
+        return ordered
+
+    def _by_turns(self, members: list[Request]) -> list[Request]:
+        given, rest, ordered = dict(self.given), sorted(members, key=lambda r: r.number), []
+        while rest:
+            least = min(given[r.spec.tenant] for r in rest)
+            chosen = next(r for r in rest if given[r.spec.tenant] == least)
+            rest.remove(chosen)
+            ordered.append(chosen)
+            given[chosen.spec.tenant] += chosen.input_tokens
+        return ordered
+
+
+quarters = st.integers(0, 40).map(lambda n: n / 4)
+newcomers = st.builds(
+    dict,
+    prompt_tokens=st.integers(1, 6).map(lambda n: 64 * n),
+    made=st.sampled_from((0, 0, 1, 8, 40)),
+    priority=st.sampled_from((0, 0, 0, 1, -1)),
+    tenant=st.sampled_from("abc"),
+    ttft_deadline_ms=st.sampled_from((None, 250, 4000)),
+    deadline_ms=st.sampled_from((None, 8000)),
+    before=quarters,
+    evicted_at=st.sampled_from((0.0, 0.0, 0.0, 1.0, 2.0)),
+)
+steps = st.one_of(
+    st.tuples(st.just("push"), newcomers),
+    st.tuples(st.just("pass"), quarters),
+    st.tuples(st.just("serve"), st.integers(0, 60)),
+    st.tuples(st.just("remove"), st.integers(0, 1000)),
+    st.tuples(st.just("again"), st.integers(0, 1000)),
+)
+
+
+@pytest.mark.parametrize("name", QUEUES)
+@given(script=st.lists(steps, min_size=1, max_size=40), victims_first=st.booleans())
+@settings(max_examples=40)
+def test_a_queue_is_in_the_order_of_its_definition(
+    name: str, script: list[tuple[str, object]], victims_first: bool
+) -> None:
+    queue, plain = make(name, victims_first=victims_first), Plain(name, victims_first)
+    now, number = 10.0, 0
+    for step, what in script:
+        some = list(plain.waiting.values())
+        head = queue.head(now)
+        if step == "push":
+            assert isinstance(what, dict)
+            number += 1
+            changes = dict(what)
+            since = now - changes.pop("before")
+            request = request_of(number, arrived_at=since, since=since, **changes)
+            queue.push(request, now)
+            plain.push(request)
+        elif step == "pass":
+            assert isinstance(what, float)
+            now += what
+        elif step == "serve" and head is not None:
+            assert isinstance(what, int)
+            queue.remove(head)
+            plain.remove(head)
+            queue.charge(head, head.input_tokens, what)
+            plain.given[head.spec.tenant] += head.input_tokens + 2 * what
+        elif step in ("remove", "again") and some:
+            assert isinstance(what, int)
+            request = some[what % len(some)]
+            if step == "remove":
+                plain.remove(request)
+                queue.remove(request)
+                queue.remove(request)
+            else:
+                queue.push(request, now)
+        expected = plain.ordered(now)
+        assert [r.number for r in queue.ordered(now)] == [r.number for r in expected]
+        assert queue.head(now) is (expected[0] if expected else None)
+        assert len(queue) == len(expected)
+
+
+# --------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("name", QUEUES)
+def test_priorities_come_first_and_victims_lead_theirs(name: str) -> None:
+    queue = make(name)
+    for number, priority, evicted_at in ((1, 1, 0), (2, 0, 0), (3, 0, 5.0), (4, 1, 9.0), (5, 0, 6)):
+        queue.push(request_of(number, priority=priority, evicted_at=float(evicted_at)), 10.0)
+    assert served(queue, 10.0) == [5, 3, 2, 4, 1]
+
+
+def test_victims_wait_like_others_where_a_policy_wants_it() -> None:
+    queue = make("fcfs", victims_first=False)
+    for number, evicted_at in ((1, 0.0), (2, 5.0)):
+        queue.push(request_of(number, evicted_at=evicted_at), 10.0)
+    assert served(queue, 10.0) == [1, 2]
+
+
+def test_a_pushed_request_that_changed_is_ranked_anew() -> None:
+    queue = make("fcfs")
+    first, second = request_of(1), request_of(2)
+    queue.push(first, 0.0)
+    queue.push(second, 0.0)
+    second.evicted_at = 1.0
+    queue.push(second, 1.0)
+    assert served(queue, 1.0) == [2, 1]
+
+
+def test_deadlines_of_the_first_token_count_until_there_is_one() -> None:
+    queue = make("edf")
+    queue.push(request_of(1, ttft_deadline_ms=500, arrived_at=0.0), 0.0)
+    queue.push(request_of(2, ttft_deadline_ms=400, arrived_at=0.0, made=1, since=1.0), 1.0)
+    queue.push(request_of(3, arrived_at=0.0), 0.0)
+    queue.push(request_of(4, deadline_ms=20_000, ttft_deadline_ms=900, arrived_at=0.0), 0.0)
+    assert served(queue, 1.0) == [1, 4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "made", "expected"),
+    [
+        (64, 0, 0),  # 1/16 s of prefill, quantum 1/8 s
+        (129, 0, 1),  # skips a level whose quantum is below its prefill
+        (1000, 0, 3),
+        (64, 1, 1),  # 1/16 s of prefill and as much of output, and the new token to be prefilled
+        (63, 1, 0),
+        (64, 4, 1),
+        (64, 5, 2),
+        (9000, 500, 4),  # the last one is never left
+    ],
+)
+def test_levels(prompt_tokens: int, made: int, expected: int) -> None:
+    assert level(request_of(1, prompt_tokens, made), CONSTANTS, ESTIMATES) == expected
+
+
+def test_who_idles_long_enough_moves_to_the_first_level() -> None:
+    queue = make("mlfq")
+    queue.push(request_of(1, prompt_tokens=1000, arrived_at=0.0), 0.0)
+    queue.push(request_of(2, arrived_at=2.75), 2.75)
+    queue.push(request_of(3, arrived_at=3.25), 3.25)
+    assert [r.number for r in queue.ordered(2.9)] == [2, 3, 1]
+    assert served(queue, 3.5) == [2, 1, 3]
+
+
+def test_larry_is_first_come_first_served_while_few_wait() -> None:
+    """One second of work more is worth as many seconds of waiting as there are requests."""
+    pair = [request_of(1, prompt_tokens=1024, arrived_at=0.0), request_of(2, arrived_at=2.0)]
+    queue = make("larry")
+    for request in pair:
+        queue.push(request, 2.0)
+    assert queue.head(2.0) is pair[0]
+    for number in range(3, 8):
+        queue.push(request_of(number, arrived_at=2.0), 2.0)
+    assert queue.head(2.0) is pair[1]
+
+
+# ------------------------------------------------------------------------------------------- fair
+
+
+def busy(queue: Queue, rng: Random, tenants: str, count: int) -> Iterator[Request]:
+    """Serve so many; every tenant always has something waiting."""
+    number = 0
+    for tenant in tenants * 2:
+        number += 1
+        queue.push(request_of(number, rng.randint(1, 400), tenant=tenant), 0.0)
+    for _ in range(count):
+        head = queue.head(0.0)
+        assert head is not None
+        queue.remove(head)
+        number += 1
+        queue.push(request_of(number, rng.randint(1, 400), tenant=head.spec.tenant), 0.0)
+        yield head
+
+
+@given(seed=st.integers(0, 2**32), running=st.integers(1, 8))
+@settings(max_examples=20)
+def test_backlogged_tenants_are_served_alike(seed: int, running: int) -> None:
+    """However different their requests: a tenant is ahead by what `running` requests and one
+    prompt cost at most, since output is charged when it is there."""
+    rng, queue = Random(seed), make("fair")
+    given = dict.fromkeys("abc", 0.0)
+    open_ones: list[tuple[Request, int]] = []
+    longest = {"a": 10, "b": 60, "c": 300}
+    for head in busy(queue, rng, "abc", 300):
+        queue.charge(head, head.input_tokens, 0)
+        given[head.spec.tenant] += head.input_tokens
+        open_ones.append((head, rng.randint(1, longest[head.spec.tenant])))
+        if len(open_ones) >= running:
+            ended, made = open_ones.pop(rng.randrange(len(open_ones)))
+            queue.charge(ended, 0, made)
+            given[ended.spec.tenant] += 2 * made
+        assert max(given.values()) - min(given.values()) <= 400 + running * (400 + 2 * 300)
+
+
+def test_idleness_is_not_saved_up() -> None:
+    queue = make("fair")
+    for number in (1, 2):
+        queue.push(request_of(number, tenant="a"), 0.0)
+    queue.charge(request_of(9, tenant="a"), 1000, 500)
+    queue.push(request_of(3, tenant="b"), 0.0)
+    assert served(queue, 0.0) == [1, 2, 3]
+    # Nobody waits: who comes is as well off as the one that was last to leave.
+    queue.charge(request_of(9, tenant="b"), 10, 0)
+    queue.push(request_of(5, tenant="c"), 0.0)
+    queue.push(request_of(4, tenant="b"), 0.0)
+    assert served(queue, 0.0) == [4, 5]
+
+
+def test_accounts_of_tenants_that_are_gone_are_forgotten() -> None:
+    accounts = Accounts(CONSTANTS)
+    accounts.enter("waits")
+    for number in range(3 * ACCOUNTS_MAX):
+        accounts.charge(f"t{number}", number + 1, 0)
+    kept = sum(accounts.given(f"t{number}") > 0 for number in range(3 * ACCOUNTS_MAX))
+    assert 0 < kept <= ACCOUNTS_MAX
+    assert accounts.given(f"t{3 * ACCOUNTS_MAX - 1}") == 3 * ACCOUNTS_MAX
+
+
+# ----------------------------------------------------------------------------- starvation, latency
+
+
+def waits_of(name: str, load: float, count: int, seed: int = 1) -> list[tuple[float, float]]:
+    """(work, wait) in seconds of requests to one server that does prefills one by one."""
+    rng, queue = Random(seed), make(name)
+    requests, at = [], 0.0
+    for number in range(count):
+        prompt_tokens = max(8, min(8192, round(rng.lognormvariate(6.8, 0.8))))
+        requests.append(request_of(number, prompt_tokens, arrived_at=at))
+        at += rng.expovariate(load / (1230 * PREFILL_TOKEN_S))
+    waits, now, come = [], 0.0, 0
+    while len(waits) < count:
+        while come < count and requests[come].arrived_at <= now:
+            queue.push(requests[come], now)
+            come += 1
+        head = queue.head(now)
+        if head is None:
+            now = requests[come].arrived_at
+            continue
+        queue.remove(head)
+        waits.append((work_s(head), now - head.arrived_at))
+        now += work_s(head)
+    return waits
+
+
+def test_short_first_with_ageing_is_quicker_on_average_and_starves_nobody() -> None:
+    """One server at 0.95 of its capacity. `sjf` here knows lengths that go with the work, so it is
+    the unaged rule whose price is the longest wait."""
+    waits = {name: waits_of(name, 0.95, 4000) for name in ("fcfs", "hrrn", "larry", "srpt", "sjf")}
+    mean = {name: sum(w for _, w in pairs) / len(pairs) for name, pairs in waits.items()}
+    longest = {name: max(w for _, w in pairs) for name, pairs in waits.items()}
+    assert mean["larry"] < 0.75 * mean["fcfs"]
+    assert mean["hrrn"] < 0.75 * mean["fcfs"]
+    assert mean["sjf"] < mean["larry"]
+    for name in ("hrrn", "larry", "srpt"):
+        assert longest[name] < 0.75 * longest["sjf"], (name, longest)
+
+
+@pytest.mark.parametrize("name", ["srpt", "mlfq", "edf", "hrrn", "larry", "fair", "fcfs"])
+def test_a_long_request_is_served_in_a_stream_of_short_ones(name: str) -> None:
+    queue, now = make(name), 0.0
+    queue.push(request_of(0, prompt_tokens=16_384, tenant="a", arrived_at=0.0), now)
+    for number in range(1, 4000):
+        queue.push(request_of(2 * number, 16, tenant="b", arrived_at=now), now)
+        queue.push(request_of(2 * number + 1, 16, tenant="b", arrived_at=now), now)
+        head = queue.head(now)
+        assert head is not None
+        if head.number == 0:
+            return
+        queue.remove(head)
+        queue.charge(head, head.input_tokens, 0)
+        now += 1.0
+    pytest.fail("it starves")
+
+
+# ------------------------------------------------------------------------------------------ speed
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """The collector's pauses depend on what else the process holds."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collections")
+@pytest.mark.parametrize("name", QUEUES)
+def test_the_head_is_cheap_with_ten_thousand_waiting(name: str) -> None:
+    """While they come and go and time passes. CPU time of this thread."""
+    rng, queue = Random(1), make(name)
+
+    def newcomer(number: int, now: float) -> Request:
+        tenant, deadline_ms = f"t{rng.randrange(300)}", rng.choice((None, 500, 5000))
+        return request_of(
+            number,
+            rng.randint(1, 4000),
+            priority=int(rng.random() < 0.1),
+            tenant=tenant,
+            ttft_deadline_ms=deadline_ms,
+            arrived_at=now,
+        )
+
+    for number in range(10_000):
+        queue.push(newcomer(number, number / 1000), number / 1000)
+    heads, calls = 0.0, []
+    for number in range(10_000, 11_000):
+        now = number / 1000
+        request = newcomer(number, now)
+        began = thread_time()
+        head = queue.head(now)
+        heads += thread_time() - began
+        calls.append(thread_time() - began)
+        assert head is not None
+        for call in (
+            lambda: queue.remove(head),  # noqa: B023
+            lambda: queue.charge(head, head.input_tokens, 0),  # noqa: B023
+            lambda: queue.push(request, now),  # noqa: B023
+        ):
+            began = thread_time()
+            call()
+            calls.append(thread_time() - began)
+    assert heads / 1000 < 50e-6
+    assert max(calls) < 20e-3
