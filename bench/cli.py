@@ -13,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.load import Lengths, LoadOptions, find_model, run_load
 from bench.scrape import ServerCounts, scrape, with_server_counts
+from sim.html_report import Heading, NoPlotly, plotly_script, write_html
 from sim.report import Record, Report, summarise
 from sim.report_table import report_table
+from sim.runs import Load, Run
 from sim.slo import SloError, parse_slo
 from sim.workload import Workload, WorkloadError, make_workload
 
@@ -24,7 +26,11 @@ def bench(
         str, typer.Option(help="The server, such as http://127.0.0.1:8000, with or without /v1.")
     ],
     trace: Annotated[
-        Path, typer.Option(help="Trace or length table (.csv, .parquet), or prompts (.jsonl).")
+        str,
+        typer.Option(
+            help="Trace or length table (.csv, .parquet), prompts (.jsonl), or a synthetic set "
+            "such as dist-1 or uniform:32-256x64-128."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Default: the first model the server names.")] = "",
     chat: Annotated[bool, typer.Option(help="Ask /v1/chat/completions.")] = False,
@@ -41,6 +47,10 @@ def bench(
     max_prompt_tokens: int | None = None,
     max_output_tokens: int | None = None,
     rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second.")] = None,
+    burst: Annotated[
+        float | None,
+        typer.Option(help="With --rate: gamma gaps with this coefficient of variation."),
+    ] = None,
     rate_scale: Annotated[float | None, typer.Option(help="Speed-up of the trace.")] = None,
     clients: Annotated[int | None, typer.Option(help="Closed loop with so many clients.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds; then no more is sent.")] = None,
@@ -54,6 +64,9 @@ def bench(
     ] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the report as a page with pictures.")
+    ] = None,
 ) -> None:
     """Drive a live server with a workload and report what its clients saw."""
     console = Console()
@@ -67,8 +80,12 @@ def bench(
             rate=rate,
             rate_scale=rate_scale,
             clients=clients,
+            burst=burst,
             seed=seed,
         )
+        load = load_of(workload, rate, rate_scale)
+        if html_file is not None:
+            plotly_script()  # Before the load, not after it.
         options = LoadOptions(
             url=base_of(url),
             model=model,
@@ -81,7 +98,7 @@ def bench(
             api_key=api_key,
         )
         records, counts = asyncio.run(drive(workload, options, metrics_url or [], console))
-    except (WorkloadError, SloError) as error:
+    except (WorkloadError, SloError, NoPlotly) as error:
         raise typer.BadParameter(str(error)) from error
     except httpx.HTTPError as error:
         console.print(f"{url} does not answer as an OpenAI-compatible server: {error!r}")
@@ -99,6 +116,21 @@ def bench(
         counts,
     )
     _publish(report, json_file, console)
+    if html_file is not None:
+        facts = (("server", url), ("workload", workload.name), ("lengths", lengths))
+        run = Run(report, records, load, seed)
+        write_html(html_file, [run], Heading(f"{report.policy}: what its clients saw", facts))
+        console.print(f"page: {html_file}")
+
+
+def load_of(workload: Workload, rate: float | None, rate_scale: float | None) -> Load:
+    """How the requests came, for the report."""
+    if workload.clients is not None:
+        return Load("clients", float(workload.clients))
+    offered = workload.offered_rps
+    if rate is not None:
+        return Load("rate", rate, offered)
+    return Load("recorded" if rate_scale is None else "rate-scale", rate_scale or 1.0, offered)
 
 
 def base_of(url: str) -> str:
