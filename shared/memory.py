@@ -28,3 +28,9 @@ def token_budget(capacity_tokens: int, share: float) -> int:
 def batch_size_limit(budget_tokens: int, input_tokens_max: int, iterations: int) -> int:
     """The largest N with N x (L + S) <= budget; 0 if not even one row fits."""
     return max(0, budget_tokens) // max(1, input_tokens_max + iterations)
+
+
+def leased_blocks(prompt_tokens: int, until: int, block_tokens: int) -> int:
+    """Blocks that a request may occupy until it has made output token number `until`: the prompt
+    and all output but the last token, which is never fed back before the next lease."""
+    return max(0, -(-(prompt_tokens + until - 1) // block_tokens))

@@ -4,9 +4,23 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from services.scheduler.core.presets import Preset, preset_named
+from services.scheduler.core.presets import Preset, UnknownPreset, preset_named
 from services.scheduler.core.settings import Constants, with_overrides
 from shared.config import ServiceSettings, settings_config
+
+LIVE = (
+    "slice_tokens",
+    "batch_size",
+    "interval_share",
+    "interval_floor_s",
+    "interval_s",
+    "gather_s",
+    "spread_batches",
+    "round_on_idle",
+    "memory_share",
+    "waiting_max",
+)
+"""Constants that have a setting of their own."""
 
 
 class SchedulerSettings(ServiceSettings):
@@ -58,20 +72,18 @@ class SchedulerSettings(ServiceSettings):
 
     def preset(self) -> Preset:
         """The row of the policy's name. Raises UnknownPreset (a ValueError)."""
-        return preset_named(self.policy)
+        preset = preset_named(self.policy)
+        if preset.needs_truth:
+            raise UnknownPreset(
+                f"policy {preset.name!r} is told true output lengths, which only a simulation has: "
+                "use it with tranche simulate, or choose past-future here"
+            )
+        return preset
 
     def constants(self) -> Constants:
-        """The core's constants; `set` wins. Raises UnknownConstant (a ValueError)."""
-        constants = Constants(
-            slice_tokens=self.slice_tokens,
-            batch_size=self.batch_size,
-            interval_share=self.interval_share,
-            interval_floor_s=self.interval_floor_s,
-            interval_s=self.interval_s,
-            gather_s=self.gather_s,
-            spread_batches=self.spread_batches,
-            round_on_idle=self.round_on_idle,
-            memory_share=self.memory_share,
-            waiting_max=self.waiting_max,
-        )
+        """The core's constants: a live mesh's defaults, then the preset's own, then what was asked
+        for; `set` wins. Raises UnknownConstant (a ValueError)."""
+        live = {name: getattr(self, name) for name in LIVE}
+        told = {name: live[name] for name in LIVE if name in self.model_fields_set}
+        constants = self.preset().with_constants(**{**live, **self.preset().constants, **told})
         return with_overrides(constants, self.set)

@@ -10,18 +10,20 @@ from hypothesis.stateful import (
     rule,
 )
 
-from services.scheduler.core.state import State
+from services.scheduler.core.state import HELD, State
+from services.scheduler.core.workers import Worker
 from tests.core.test_world import LIVE
 from tests.core.world import CALM, STORM, World
 
 places = st.integers(0, 7)
+POLICIES = ["sls", "pm", "ab", "scls", "past-future", "aggressive", "vllm", "sal+larry"]
 
 
 class MeshMachine(RuleBasedStateMachine):
     """The world checks safety at every message; the machine adds the books' own invariants, and
     liveness at the end."""
 
-    @initialize(policy=st.sampled_from(["sls", "pm", "ab", "scls"]), seed=st.integers(0, 2**32))
+    @initialize(policy=st.sampled_from(POLICIES), seed=st.integers(0, 2**32))
     def begin(self, policy: str, seed: int) -> None:
         self.world = World(policy, seed, LIVE)
         self.world.add_worker()
@@ -95,10 +97,25 @@ class MeshMachine(RuleBasedStateMachine):
         for request_id, request in requests.open.items():
             assert request.state is not State.DONE
             assert (request.state is State.WAITING) == (request_id in requests.pool)
-            assert (request.state is State.PLACED) == bool(request.worker)
-            if request.worker:
+            assert (request.state in HELD) == bool(request.worker)
+            if request.worker and core.books.leased:
+                assert workers[request.worker].credit.leases[request_id] is request
+            elif request.worker:
                 assert request_id in workers[request.worker].batches[request.batch_id].request_ids
         assert not set(requests.open) & set(requests.done)
+        for worker in workers.values():
+            self.credit_adds_up(worker)
+
+    def credit_adds_up(self, worker: Worker) -> None:
+        credit = worker.credit
+        leases = list(credit.leases.values())
+        parking = [request for request in leases if request.state is State.PARKING]
+        assert credit.blocks == sum(request.blocks for request in leases)
+        assert credit.parking_blocks == sum(request.blocks for request in parking)
+        assert credit.backlog_tokens == sum(request.backlog_tokens for request in leases)
+        assert set(credit.wanting) <= set(credit.leases)
+        line = worker.line.ordered(self.world.net.now) if worker.line is not None else []
+        assert worker.waiting_tokens == sum(request.input_tokens for request in line)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

@@ -117,7 +117,8 @@ def test_every_message_is_survived(
     constants = Constants(
         slice_tokens=16, interval_floor_s=0.003, interval_s=0.1, spread_batches=True
     )
-    core = Scheduler(preset_named(policy), constants)
+    preset = preset_named(policy)
+    core = Scheduler(preset, constants, (lambda request_id: 7) if preset.needs_truth else None)
     now = 0.0
     said = core.handle(Elected(epoch=epoch), now)
     for event, wait_s in history:

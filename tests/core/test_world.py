@@ -74,7 +74,9 @@ def make_trouble(world: World, rng: Random) -> None:
             gateway.stop(ledger) if kind == "stop" else gateway.cancel(ledger)
 
 
-@pytest.mark.parametrize("policy", ["sls", "so", "lb", "scls"])
+@pytest.mark.parametrize(
+    "policy", ["sls", "so", "lb", "scls", "past-future", "vllm", "tgi", "sal+larry"]
+)
 @pytest.mark.parametrize("seed", range(8))
 def test_storm(policy: str, seed: int) -> None:
     world = make_world(policy, seed)

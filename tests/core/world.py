@@ -8,7 +8,7 @@ delayed, repeated, overtaken and (where the protocol mends it) lost.
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -25,6 +25,7 @@ from shared.messages import (
     Finished,
     GatewayBeat,
     OrderReturned,
+    Park,
     Recall,
     Rejected,
     RequestSpec,
@@ -78,6 +79,7 @@ MENDED = (
     TokensWanted,
     SendTokens,
     Drop,
+    Park,
     RunSlice,
     SliceDone,
 )
@@ -135,6 +137,8 @@ class World:
     def __init__(self, policy: str, seed: int, constants: Constants) -> None:
         self.net = Network(seed)
         self.policy, self.constants = policy, constants
+        self.adopted = False
+        """A leader took over while leases ran."""
         self.core: Scheduler | None = None
         self.epoch = 0
         self.inbox: list[SchedulerEvent] = []
@@ -156,7 +160,10 @@ class World:
     def elect(self) -> None:
         self.epoch += 1
         self.life_finished = set()
-        self.core = Scheduler(preset_named(self.policy), self.constants)
+        preset = preset_named(self.policy)
+        self.adopted |= self.epoch > 1
+        truth = self.truth.__getitem__ if preset.needs_truth else None
+        self.core = Scheduler(preset, self.constants, truth)
         self._take(self.core.handle(Elected(epoch=self.epoch), self.net.now))
         waiting, self.inbox = self.inbox, []
         for event in waiting:
@@ -201,7 +208,7 @@ class World:
 
     def _carry_out(self, command: SchedulerCommand) -> None:
         match command:
-            case RunSlice() | Drop() | SendTokens() | DrainWorker():
+            case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker():
                 self._to_worker(command)
             case Recall() | Rejected():
                 gateway = self.gateways.get(command.gateway)
@@ -217,7 +224,7 @@ class World:
                 self.life_finished.add(command.request_id)
                 self.finished.setdefault(command.request_id, []).append(command)
 
-    def _to_worker(self, command: RunSlice | Drop | SendTokens | DrainWorker) -> None:
+    def _to_worker(self, command: RunSlice | Park | Drop | SendTokens | DrainWorker) -> None:
         core = self.core
         assert core is not None
         worker = self.workers.get(command.worker)
@@ -233,8 +240,16 @@ class World:
 
     # ------------------------------------------------------------------------- the other actors
 
+    @property
+    def worker_kind(self) -> "type[FakeWorker]":
+        if preset_named(self.policy).form == "closed":
+            return FakeWorker
+        from tests.core.leased_worker import LeasedWorker  # it is made of parts of this file
+
+        return LeasedWorker
+
     def add_worker(self, capacity: int = 2000, batch_size_max: int = 0) -> "FakeWorker":
-        worker = FakeWorker(self, f"w{next(self.boots)}", capacity, batch_size_max)
+        worker = self.worker_kind(self, f"w{next(self.boots)}", capacity, batch_size_max)
         self.workers[worker.boot] = worker
         worker.beat()
         return worker
@@ -277,6 +292,18 @@ class World:
         assert [worker.load_s for worker in books.workers.active.values()] == [0.0] * len(
             self.workers
         )
+        for active in books.workers.active.values():
+            credit = active.credit
+            left = (
+                credit.blocks,
+                credit.parking_blocks,
+                credit.backlog_tokens,
+                active.waiting_tokens,
+            )
+            assert left == (0, 0, 0, 0)
+            assert not credit.leases
+        assert not books.parking
+        assert not len(books.lines.central)
 
 
 class FakeWorker:
@@ -316,7 +343,7 @@ class FakeWorker:
     def beat(self, listed: bool = False) -> None:
         if not self.alive:
             return
-        if self.draining and not self.queue:
+        if self.draining and not self.busy:
             self.world.to_scheduler(
                 WorkerBeat(info=self.info, memory=self.memory, epoch=self.epoch, leaving=True)
             )
@@ -328,21 +355,35 @@ class FakeWorker:
     def say(self, listed: bool) -> None:
         if self.world.net.now < self.quiet_until:
             return
-        held = [
-            Resident(request_id=o.spec.request_id, attempt=o.attempt, position=self._position(o))
-            for batch in self.queue
-            for o in batch.orders
-            if self._live(o)
-        ]
         beat = WorkerBeat(
             info=self.info,
             memory=self.memory,
             epoch=self.epoch,
-            residents=tuple(held) if listed else (),
+            residents=tuple(self.held()) if listed else (),
             residents_listed=listed,
             draining=self.draining,
         )
         self.world.to_scheduler(beat)
+
+    def held(self) -> Iterable[Resident]:
+        """What it holds."""
+        return (
+            Resident(request_id=o.spec.request_id, attempt=o.attempt, position=self._position(o))
+            for batch in self.queue
+            for o in batch.orders
+            if self._live(o)
+        )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.queue)
+
+    def park(self, message: Park) -> None:
+        """Closed batches are never parked."""
+        raise AssertionError("Park for a closed worker")
+
+    def dropped_one(self, message: Drop) -> None:
+        """A leased request is forgotten at once; a row of a closed batch idles on."""
 
     def _position(self, order: SliceOrder) -> int:
         kept = self.kept.get((order.spec.request_id, order.attempt))
@@ -366,6 +407,9 @@ class FakeWorker:
             case Drop():
                 dropped = self.dropped.get(message.request_id, 0)
                 self.dropped[message.request_id] = max(dropped, message.attempt)
+                self.dropped_one(message)
+            case Park():
+                self.park(message)
             case SendTokens():
                 self._send_again(message)
             case DrainWorker():
@@ -442,11 +486,7 @@ class FakeWorker:
 
     def _send_again(self, message: SendTokens) -> None:
         key = (message.request_id, message.attempt)
-        held = any(
-            (order.spec.request_id, order.attempt) == key
-            for batch in self.queue
-            for order in batch.orders
-        )
+        held = any((resident.request_id, resident.attempt) == key for resident in self.held())
         if key not in self.kept and not held:
             self._say_unknown(message)
         for (request_id, attempt), kept in self.kept.items():

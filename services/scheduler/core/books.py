@@ -1,11 +1,21 @@
 """The scheduler's books: all of its soft state in one place, and the commands being written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from services.scheduler.core.board import Board
+from services.scheduler.core.draws import Draws
+from services.scheduler.core.lines import Lines
+from services.scheduler.core.policies.estimates import Estimates
+from services.scheduler.core.policies.lengths import Histories, LengthModel
+from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.presets import Preset
+from services.scheduler.core.rate import Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
-from services.scheduler.core.workers import Workers
+from services.scheduler.core.state import Request
+from services.scheduler.core.workers import Worker, Workers
 from shared.costs import CostFit
 from shared.messages import LengthForecast, SchedulerCommand
 
@@ -50,6 +60,14 @@ class Books:
     requests: Requests
     workers: Workers
     costs: CostFit
+    lines: Lines
+    board: Board
+    histories: Histories
+    """What is known of output lengths, prepared from the latest forecast."""
+    estimates: Estimates
+    draws: Draws
+    truth: Callable[[str], int] | None = None
+    """Request id to its true output length: simulation of policy `oracle` only."""
     epoch: int = 0
     rounds: RoundBook = field(default_factory=RoundBook)
     gateways: dict[str, float] = field(default_factory=dict)
@@ -67,7 +85,44 @@ class Books:
     called_at: float | None = None
     workers_lost: int = 0
     """How many fell silent or could not be reached; those that left are not counted."""
+    evictions: int = 0
+    """Leases that ended early for want of memory."""
+    touched: dict[str, None] = field(default_factory=dict)
+    """Leased: workers where something changed since their last round."""
+    parking: dict[str, Request] = field(default_factory=dict)
+    """Told to park and not answered yet."""
+    reminded: dict[str, Request] = field(default_factory=dict)
+    """Leases that seem not to have reached their worker; said again in the next round."""
+    pace: Pace = field(default_factory=Pace)
+    """How fast leases go, as the workers' reports tell."""
     commands: list[SchedulerCommand] = field(default_factory=list)
+
+    @property
+    def leased(self) -> bool:
+        return self.preset.form == "leased"
+
+    @property
+    def lengths(self) -> LengthModel:
+        """The history of the model that this mesh serves."""
+        return self.histories.of(self.forecast, self.workers.model)
+
+    def holds(self, worker: Worker) -> int:
+        """The most tokens, prompt and output, of one request that this worker can serve. A closed
+        batch keeps a share free; leases may fill all blocks."""
+        capacity = worker.memory.kv_tokens_capacity
+        block = worker.credit.block_tokens
+        if self.leased:
+            return min(worker.info.context_tokens_max, capacity // block * block)
+        budget = worker.budget_tokens(self.constants.memory_share)
+        return min(worker.info.context_tokens_max, budget)
+
+    def touch(self, worker: Worker) -> None:
+        """Something changed there that may open room or close it."""
+        if self.leased:
+            self.touched[worker.info.worker] = None
+            self.board.update(worker)
+            self.board.reopen(worker)
+            self.stirred = True
 
     @property
     def attempt_base(self) -> int:
@@ -87,12 +142,51 @@ class Books:
         self.rounds.gathered_at = min(self.rounds.gathered_at, at)
 
 
-def new_books(preset: Preset, constants: Constants) -> Books:
+def new_books(
+    preset: Preset, constants: Constants, truth: Callable[[str], int] | None = None
+) -> Books:
     """Empty books."""
-    return Books(
+    pace, costs = Pace(), CostFit()
+    workers = Workers(lost_max=constants.lost_workers_max, batches_max=constants.batches_max)
+    books: Books
+
+    def output_tokens(request: Request) -> float:
+        known = request.output_tokens
+        return known + books.lengths.expected_remaining(known, request.spec.max_tokens)
+
+    estimates = Estimates(
+        output_tokens=output_tokens,
+        prefill_s=lambda request: pace.prefill_s(request.input_tokens),
+        token_s=lambda: pace.token_s,
+    )
+    books = Books(
         preset=preset,
         constants=constants,
         requests=Requests(done_max=constants.done_max, done_ttl_s=constants.done_ttl_s),
-        workers=Workers(lost_max=constants.lost_workers_max, batches_max=constants.batches_max),
-        costs=CostFit(),
+        workers=workers,
+        costs=costs,
+        lines=_new_lines(preset, constants, estimates),
+        board=Board(preset.form),
+        histories=Histories(constants),
+        estimates=estimates,
+        draws=Draws(0),
+        truth=truth,
+        pace=pace,
     )
+    return books
+
+
+def _new_lines(preset: Preset, constants: Constants, estimates: Estimates) -> Lines:
+    """The lines of a leased policy; a closed one leaves them empty."""
+    order = preset.order if preset.form == "leased" else "fcfs"
+    make = partial(QUEUES[order], constants, estimates)
+    return Lines(make=make, early=preset.binding == "early", central=make())
+
+
+def take_forecast(books: Books, forecast: LengthForecast) -> None:
+    """What the estimator knows now; a late and older word is ignored."""
+    if books.forecast is not None and forecast.version < books.forecast.version:
+        return
+    books.forecast = forecast
+    lengths = books.lengths
+    books.board.set_mean_output(lengths.expected_output(max(1, lengths.longest)))

@@ -198,11 +198,8 @@ def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
         return _rejected(books, spec, "unknown_model", detail)
     if workers and not any(form in worker.info.forms for worker in workers):
         return _rejected(books, spec, "no_worker", advice(books))
-    share = books.constants.memory_share
     fitting = [w for w in workers if form in w.info.forms]
-    largest = max(
-        (min(w.info.context_tokens_max, w.budget_tokens(share)) for w in fitting), default=context
-    )
+    largest = max(map(books.holds, fitting), default=context)
     if context > largest:
         detail = f"prompt and output of up to {context} tokens, but workers hold {largest}"
         return _rejected(books, spec, "too_long", detail)

@@ -3,14 +3,69 @@
 from typing import Literal
 
 from services.scheduler.core.books import Books
-from services.scheduler.core.state import Cause, Placement, Request, State
-from shared.messages import Drop, Finished, FinishReason, Recall, Rejected
+from services.scheduler.core.state import HELD, Cause, Placement, Request, State
+from services.scheduler.core.workers import Worker
+from shared.messages import Drop, Finished, FinishReason, Park, Recall, Rejected
+
+
+def _move(
+    books: Books, request: Request, cause: Cause, now: float, tokens: bytes | None = None
+) -> None:
+    """Change its state (and its tokens), and keep lines and credits right: the one place where
+    they change."""
+    before, worker = request.state, books.workers.active.get(request.worker)
+    if before is State.WAITING:
+        _out_of_line(books, request)
+    if tokens is not None:
+        request.tokens = tokens
+    books.requests.move(request, cause, now)
+    if before in HELD and request.state not in HELD and worker is not None:
+        books.parking.pop(request.request_id, None)
+        worker.credit.release(request, parking=before is State.PARKING)
+        books.touch(worker)
+    if request.state is State.WAITING:
+        _into_line(books, request, now)
+
+
+def _out_of_line(books: Books, request: Request) -> None:
+    if books.leased:
+        worker = books.lines.remove(request)
+        if worker is not None:
+            books.board.update(worker)
+
+
+def _into_line(books: Books, request: Request, now: float) -> None:
+    """Leased: with early binding back to the worker that it was bound to, if that is there."""
+    if not books.leased:
+        return
+    worker = books.workers.active.get(request.bound) if request.bound else None
+    if worker is not None and worker.draining:
+        worker = None
+    books.lines.push(request, worker, now)
+    if worker is not None:
+        books.touch(worker)
+
+
+def bind(books: Books, request: Request, worker: Worker, now: float) -> None:
+    """Early binding: it waits for this worker from now on."""
+    books.lines.remove(request)
+    request.bound = worker.info.worker
+    books.lines.push(request, worker, now)
+    books.touch(worker)
+
+
+def unbind(books: Books, request: Request, now: float) -> None:
+    """Its worker is gone or leaving: to be bound anew."""
+    books.lines.remove(request)
+    request.bound = ""
+    books.lines.push(request, None, now)
 
 
 def admit(books: Books, request: Request, now: float) -> None:
     """It is new: into the pool, or, while a new leader collects, to those in question."""
     collecting = books.collecting_until is not None
-    books.requests.move(request, Cause.COLLECT if collecting else Cause.ADMIT, now)
+    request.arrived_at = now
+    _move(books, request, Cause.COLLECT if collecting else Cause.ADMIT, now)
     if not collecting:
         books.want_round(now + books.constants.gather_s)
 
@@ -31,14 +86,14 @@ def hold(
     now: float,
 ) -> None:
     """It is on this worker under this attempt, newly placed or found there after a takeover."""
-    books.requests.move(request, cause, now)
+    _move(books, request, cause, now)
     request.attempt, request.worker, request.batch_id = attempt, worker, batch_id
     request.placements.append(Placement(request.output_tokens, worker, attempt))
 
 
 def give_back(books: Books, request: Request, now: float) -> None:
     """Its slice ended, or was refused: into the pool again."""
-    books.requests.move(request, Cause.GIVE_BACK, now)
+    _move(books, request, Cause.GIVE_BACK, now)
     books.want_round(now)
 
 
@@ -48,7 +103,7 @@ def recall(books: Books, request: Request, now: float) -> None:
     request.recall_attempt = max(request.attempt, request.closed, books.attempt_base)
     request.recalls = 0
     request.asks = 0
-    books.requests.move(request, Cause.RECALL, now)
+    _move(books, request, Cause.RECALL, now)
     say_recall(books, request)
 
 
@@ -70,9 +125,8 @@ def resume(books: Books, request: Request, attempt: int, tokens: bytes, now: flo
     drop_placed(books, request)
     request.closed = attempt
     request.attempt = max(request.attempt, attempt)
-    request.tokens = tokens
     request.asks = 0
-    books.requests.move(request, Cause.RESUME, now)
+    _move(books, request, Cause.RESUME, now, tokens)
     if request.state is State.WAITING:
         books.want_round(now)
 
@@ -81,10 +135,11 @@ def finish(
     books: Books, request: Request, reason: FinishReason, output_tokens: int, now: float
 ) -> None:
     """It ended. The estimator hears of it once, even if it is opened again for a lost tail."""
-    books.requests.move(request, Cause.FINISH, now)
+    _move(books, request, Cause.FINISH, now)
     if request.published:
         return
     request.published = True
+    books.pace.finishes.add(now)
     spec = request.spec
     books.send(
         Finished(
@@ -121,9 +176,30 @@ def give_up(
     finish(books, request, "error", request.output_tokens, now)
 
 
+def park(books: Books, request: Request, now: float) -> None:
+    """Its worker shall end its lease and free its memory; it waits again once that is done."""
+    worker = books.workers.active[request.worker]
+    _move(books, request, Cause.PARK, now)
+    worker.credit.park(request)
+    books.parking[request.request_id] = request
+    say_park(books, request)
+
+
+def say_park(books: Books, request: Request) -> None:
+    """The order itself; repeated until it is answered."""
+    books.send(
+        Park(
+            epoch=books.epoch,
+            worker=request.worker,
+            request_id=request.request_id,
+            attempt=request.attempt,
+        )
+    )
+
+
 def drop_placed(books: Books, request: Request) -> None:
     """If a living worker has it, that worker is told to stop."""
-    if request.state is State.PLACED and request.worker in books.workers.active:
+    if request.state in HELD and request.worker in books.workers.active:
         books.send(
             Drop(
                 epoch=books.epoch,

@@ -8,11 +8,15 @@ NO_WORKER_WAIT_S = 10.0
 
 def predicted_wait_s(books: Books) -> float:
     """Seconds until a request that is submitted now would begin: what the least loaded worker
-    still has to do, and the pool's first slices shared among the workers."""
+    still has to do, and the pool's first slices shared among the workers. With leases: those who
+    wait, at the rate at which requests lately ended."""
     workers = books.workers.active.values()
     usable = [w for w in workers if books.preset.form in w.info.forms and not w.draining]
     if not usable:
         return NO_WORKER_WAIT_S
+    if books.leased:
+        waiting, rate = len(books.requests.pool), books.pace.finishes.per_s(books.called_at or 0.0)
+        return waiting / rate if waiting and rate > 0 else 0.0
     least_s = min(worker.load_s for worker in usable)
     pooled = len(books.requests.pool)
     if pooled == 0:

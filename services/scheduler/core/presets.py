@@ -1,8 +1,20 @@
-"""Presets: the named policies, each a row of five answers and a form."""
+"""Presets: the named policies, each a row of five answers, a form, and constants of its own.
 
-from dataclasses import dataclass
+Tags: [M] recollected from memory of a source and not confirmed, [R] our reconstruction, [C] read in
+the named system's code (through the research notes), [T] Tranche's own choice.
+"""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from services.scheduler.core.settings import Constants, known_names
 from shared.messages import Form
+
+Binding = Literal["late", "early"]
+Value = int | float | bool
+NOTHING: Mapping[str, Value] = MappingProxyType({})
 
 
 class UnknownPreset(ValueError):
@@ -21,6 +33,50 @@ class Preset:
     pacing: str
     form: Form
     summary: str
+    victim: str = "last-admitted"
+    """Leased: who is parked when the next leases do not fit."""
+    binding: Binding = "late"
+    """Leased: `late`: everybody waits in the centre until a worker has room. `early`: bound to a
+    worker at once, as by a load balancer in front of servers."""
+    constants: Mapping[str, Value] = field(default_factory=lambda: NOTHING)
+    """Where its source differs from the defaults."""
+    needs_truth: bool = False
+    """It is told true output lengths: simulation only."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.constants) - set(known_names())
+        assert not unknown, f"{self.name}: no such constants: {unknown}"
+
+    def with_constants(self, **explicit: Value) -> Constants:
+        """The defaults, then this row's constants, then what is given explicitly."""
+        return Constants(**{**self.constants, **explicit})  # type: ignore[arg-type]
+
+
+VLLM: Mapping[str, Value] = MappingProxyType(
+    {
+        "slice_tokens": 16,  # a lease is a block [C: block size 16]
+        "iteration_tokens": 2048,  # max_num_batched_tokens of the server on large GPUs [C]
+        "bind_backlog_tokens": 2048,
+        "running_max": 256,  # max_num_seqs [C]
+        "prompt_watermark": 0.0,  # V1 sets none aside [C]
+    }
+)
+SARATHI: Mapping[str, Value] = MappingProxyType(
+    {
+        "slice_tokens": 16,
+        "iteration_tokens": 512,
+        "bind_backlog_tokens": 512,
+        "running_max": 128,
+        "prompt_watermark": 0.01,  # of V0, on which Sarathi-Serve is built [C]
+    }
+)
+TGI: Mapping[str, Value] = MappingProxyType(
+    {"iteration_tokens": 4096, "bind_backlog_tokens": 4096, "running_max": 0}
+)
+TRTLLM: Mapping[str, Value] = MappingProxyType(
+    {"iteration_tokens": 8192, "bind_backlog_tokens": 8192, "running_max": 2048}
+)
+TRTLLM_UTILIZATION: Mapping[str, Value] = MappingProxyType({**TRTLLM, "slice_tokens": 16})
 
 
 _ROWS = (
@@ -83,6 +139,125 @@ _ROWS = (
         pacing="adaptive",
         form="closed",
         summary="SCLS as reconstructed: LB, with an interval that follows the load.",
+    ),
+    Preset(
+        name="past-future",
+        order="fcfs",
+        admission="past-future",
+        batching="continuous",
+        offloading="sal-a",
+        pacing="fixed",
+        form="leased",
+        summary="Past-Future: joins if the future memory peak, by lengths sampled from the "
+        "history, fits; waits in the centre, goes to the worker with the least SAL load.",
+    ),
+    Preset(
+        name="aggressive",
+        order="fcfs",
+        admission="aggressive",
+        batching="continuous",
+        offloading="sal-a",
+        pacing="fixed",
+        form="leased",
+        summary="Joins while what is held stays below a watermark; nothing is kept for growth.",
+    ),
+    Preset(
+        name="conservative",
+        order="fcfs",
+        admission="conservative",
+        batching="continuous",
+        offloading="sal-a",
+        pacing="fixed",
+        form="leased",
+        summary="Joins if everybody's longest possible output fits, times an overcommit.",
+    ),
+    Preset(
+        name="oracle",
+        order="fcfs",
+        admission="oracle",
+        batching="continuous",
+        offloading="sal-a",
+        pacing="fixed",
+        form="leased",
+        needs_truth=True,
+        summary="Past-Future with the true lengths and no reserve: a bound, in simulation only.",
+    ),
+    Preset(
+        name="vllm",
+        order="fcfs",
+        admission="prompt-fits",
+        batching="continuous",
+        offloading="vllm-dp",
+        pacing="fixed",
+        form="leased",
+        binding="early",
+        constants=VLLM,
+        summary="vLLM V1's rule: whoever's prompt fits joins; a lease is one block of KV, and "
+        "where none is free the last admitted is preempted and computed anew.",
+    ),
+    Preset(
+        name="sarathi",
+        order="fcfs",
+        admission="prompt-fits",
+        batching="continuous",
+        offloading="round-robin",
+        pacing="fixed",
+        form="leased",
+        binding="early",
+        constants=SARATHI,
+        summary="Sarathi-Serve: stall-free iterations of at most C tokens, decodes first, then "
+        "chunks of prefill; admission with vLLM's first watermark.",
+    ),
+    Preset(
+        name="tgi",
+        order="fcfs",
+        admission="reserve-all",
+        batching="continuous",
+        offloading="round-robin",
+        pacing="whole",
+        form="leased",
+        binding="early",
+        constants=TGI,
+        summary="TGI v3: in order of arrival, with blocks for prompt and whole output up front.",
+    ),
+    Preset(
+        name="trtllm-no-evict",
+        order="fcfs",
+        admission="reserve-all",
+        batching="continuous",
+        offloading="round-robin",
+        pacing="whole",
+        form="leased",
+        binding="early",
+        constants=TRTLLM,
+        summary="TensorRT-LLM GUARANTEED_NO_EVICT: the worst case of everybody is reserved.",
+    ),
+    Preset(
+        name="trtllm-max-utilization",
+        order="fcfs",
+        admission="next-step",
+        batching="continuous",
+        offloading="round-robin",
+        pacing="fixed",
+        form="leased",
+        binding="early",
+        constants=TRTLLM_UTILIZATION,
+        summary="TensorRT-LLM MAX_UTILIZATION: blocks for the next step only; on a misfit the last "
+        "started is paused.",
+    ),
+    Preset(
+        name="sal+larry",
+        order="larry",
+        admission="larry-b",
+        batching="continuous",
+        offloading="sal-a",
+        pacing="fixed",
+        form="leased",
+        binding="early",
+        victim="least-computed",
+        summary="Our reconstruction of the survey's pair: SAL binds to the least of queued prefill "
+        "and missing memory; LARRY orders by load-adaptive short-first with ageing, behind a "
+        "gate that owes the running ones their growth.",
     ),
 )
 

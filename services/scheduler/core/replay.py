@@ -96,7 +96,7 @@ def replay(data: bytes, policy: str | None = None) -> tuple[int, Difference | No
     steps = 0
     for record in records(data):
         if isinstance(record, Started):
-            core = Scheduler(preset_named(policy or record.policy), _constants(record))
+            core = _core(record, policy or record.policy)
             continue
         if core is None:
             raise BadJournal("no journal: it does not begin with a leadership")
@@ -106,6 +106,22 @@ def replay(data: bytes, policy: str | None = None) -> tuple[int, Difference | No
             return steps, Difference(steps, now, record.commands, tuple(answer))
         steps += 1
     return steps, None
+
+
+def _core(record: Started, policy: str) -> Scheduler:
+    """Another policy than the recorded one has constants of its own, and of the recorded ones
+    those that had been changed."""
+    preset = preset_named(policy)
+    if preset.needs_truth:
+        raise BadJournal(
+            f"{policy} needs true lengths, which no journal holds: choose another policy"
+        )
+    constants = _constants(record)
+    if policy != record.policy:
+        usual = asdict(preset_named(record.policy).with_constants())
+        changed = {name: value for name, value in asdict(constants).items() if value != usual[name]}
+        constants = preset.with_constants(**changed)
+    return Scheduler(preset, constants)
 
 
 def _constants(record: Started) -> Constants:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.scheduler.core.state import Cause, Request, State, move
+from services.scheduler.core.state import HELD, Cause, Request, State, move
 from shared import tokens
 from shared.messages import Rejected, RequestSpec
 
@@ -45,7 +45,7 @@ class Requests:
         """Change its state and keep the lists right."""
         request_id = request.request_id
         move(request, cause, now)
-        if request.state is not State.PLACED:
+        if request.state not in HELD:
             request.worker = request.batch_id = ""
         if request.state is State.WAITING:
             self.pool[request_id] = request

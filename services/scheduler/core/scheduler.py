@@ -9,13 +9,11 @@ Total: an event that is late, repeated or unknown answers []. Deterministic: equ
 equal commands. Nothing here reads a clock or draws a number.
 """
 
+from collections.abc import Callable
+
 from services.scheduler.core import gateway_events, takeover, watch, worker_events
-from services.scheduler.core.books import Books, new_books
-from services.scheduler.core.policies.admission import ADMISSIONS
-from services.scheduler.core.policies.batching import BATCHINGS
-from services.scheduler.core.policies.offloading import OFFLOADINGS
-from services.scheduler.core.policies.order import ORDERS
-from services.scheduler.core.policies.pacing import PACINGS
+from services.scheduler.core.books import Books, new_books, take_forecast
+from services.scheduler.core.leasing import lease_round
 from services.scheduler.core.presets import Preset
 from services.scheduler.core.rounds import make_round, next_round_at
 from services.scheduler.core.settings import Constants
@@ -39,13 +37,13 @@ from shared.messages import (
 class Scheduler:
     """One leader. A new leadership is a new object: nothing is carried over."""
 
-    def __init__(self, preset: Preset, constants: Constants) -> None:
-        assert preset.order in ORDERS
-        assert preset.admission in ADMISSIONS
-        assert preset.batching in BATCHINGS
-        assert preset.offloading in OFFLOADINGS
-        assert preset.pacing in PACINGS
-        self.books: Books = new_books(preset, constants)
+    def __init__(
+        self, preset: Preset, constants: Constants, truth: Callable[[str], int] | None = None
+    ) -> None:
+        """`truth`: request id to its true output length. Only a simulation has it, and only the
+        policy `oracle` may be told."""
+        assert (truth is not None) == preset.needs_truth, "true lengths are for the oracle alone"
+        self.books: Books = new_books(preset, constants, truth)
         """For reading only: metrics, tests, simulation."""
 
     def handle(self, event: SchedulerEvent, now: float) -> list[SchedulerCommand]:
@@ -103,6 +101,11 @@ def _round_if_due(books: Books, now: float) -> None:
     due = books.round_at is not None and now >= books.round_at
     if not due and not books.stirred:
         return
+    if books.leased:
+        books.stirred, books.round_at = False, None
+        if books.collecting_until is None:
+            lease_round(books, now)
+        return
     books.round_at = next_round_at(books, now)
     if books.round_at is not None and now >= books.round_at:
         make_round(books, now)
@@ -131,6 +134,6 @@ def _happened(books: Books, event: SchedulerEvent, now: float) -> None:
         case OrderReturned():
             worker_events.worker_lost(books, event.worker, now)
         case LengthForecast():
-            books.forecast = event
+            take_forecast(books, event)
         case Elected():
             pass

@@ -20,7 +20,9 @@ class State(Enum):
     WAITING = "waiting"
     """In the pool."""
     PLACED = "placed"
-    """In a batch on a worker, running or queued there."""
+    """On a worker: in a closed batch, or with a lease of its own."""
+    PARKING = "parking"
+    """Its lease is to end early; until the worker's answer its memory counts as used."""
     RECALLING = "recalling"
     """Its worker or its tokens are lost; the gateway is asked for the truth."""
     DONE = "done"
@@ -36,6 +38,7 @@ class Cause(Enum):
     GIVE_BACK = "give back"
     RECALL = "recall"
     RESUME = "resume"
+    PARK = "park"
     FINISH = "finish"
 
 
@@ -54,10 +57,18 @@ TRANSITIONS: dict[tuple[State, Cause], State] = {
     (State.PLACED, Cause.RECALL): State.RECALLING,
     (State.PLACED, Cause.RESUME): State.WAITING,
     (State.PLACED, Cause.FINISH): State.DONE,
+    (State.PLACED, Cause.PARK): State.PARKING,
+    (State.PARKING, Cause.GIVE_BACK): State.WAITING,
+    (State.PARKING, Cause.RECALL): State.RECALLING,
+    (State.PARKING, Cause.RESUME): State.WAITING,
+    (State.PARKING, Cause.FINISH): State.DONE,
     (State.RECALLING, Cause.RESUME): State.WAITING,
     (State.RECALLING, Cause.FINISH): State.DONE,
     (State.DONE, Cause.RECALL): State.RECALLING,
 }
+
+HELD = frozenset({State.PLACED, State.PARKING})
+"""A worker has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,25 @@ class Request:
     batch_id: str = ""
     since: float = 0.0
     """When it came into its state."""
+    arrived_at: float = 0.0
+    """When it was first heard of here."""
+    bound: str = ""
+    """With early binding: the worker in whose line it waits."""
+    until: int = 0
+    """Leased: output position up to which it may go on."""
+    blocks: int = 0
+    """Leased: KV blocks of its worker that its lease reserves."""
+    backlog_tokens: int = 0
+    """Leased: input that is still to be prefilled there; counts in whole until the first token."""
+    backlog_ahead: int = 0
+    """Leased: all prefill that was queued there when it joined, its own counted."""
+    first_token: bool = False
+    """Leased: its prefill on its present worker is over."""
+    heard_at: float = 0.0
+    """Leased: when its worker last reported on it."""
+    evicted_at: float = 0.0
+    """When it last lost its place for want of memory; 0: never. It comes back first."""
+    evictions: int = 0
     placements: list[Placement] = field(default_factory=list)
     refusals: int = 0
     asks: int = 0

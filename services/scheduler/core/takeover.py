@@ -8,14 +8,17 @@ beside a new one; workers drop what nobody claims.
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books, Claim
+from services.scheduler.core.draws import Draws
+from services.scheduler.core.leasing import margin_tokens
 from services.scheduler.core.state import Cause, Request, State
-from services.scheduler.core.workers import Batch
+from services.scheduler.core.workers import Batch, Worker
 from shared.messages import Drop
 
 
 def elected(books: Books, epoch: int, now: float) -> None:
     """The first event of a leader. The very first leader of a mesh has nothing to collect."""
     books.epoch = epoch
+    books.draws = Draws(epoch)
     books.beat_at = now
     books.watch_at = now + books.constants.watch_s
     if epoch > 1:
@@ -54,6 +57,9 @@ def _best(books: Books, request: Request, claims: list[Claim]) -> Claim | None:
 def _adopt(books: Books, request: Request, claim: Claim, now: float) -> None:
     worker = books.workers.active[claim.worker]
     constants = books.constants
+    if books.leased:
+        _adopt_lease(books, worker, request, claim, now)
+        return
     estimate_s = books.costs.cost.slice_s(1, request.input_tokens, constants.slice_tokens)
     batch = Batch(
         batch_id=f"adopted-{request.request_id}",
@@ -64,6 +70,20 @@ def _adopt(books: Books, request: Request, claim: Claim, now: float) -> None:
     )
     worker.batches[batch.batch_id] = batch
     moves.hold(books, request, Cause.CLAIM, claim.worker, batch.batch_id, claim.attempt, now)
+
+
+def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, now: float) -> None:
+    """Its lease's end is not known; it is no further than a slice and a margin from here, and
+    that is granted at once, so that both sides know the same again."""
+    moves.hold(books, request, Cause.CLAIM, claim.worker, "adopted", claim.attempt, now)
+    made = max(claim.position, request.output_tokens)
+    reach = made + books.constants.slice_tokens + margin_tokens(books)
+    worker.credit.take(request, min(reach, request.spec.max_tokens))
+    if claim.position > 0:
+        worker.credit.prefilled(request)
+    request.heard_at = now
+    books.reminded[request.request_id] = request
+    books.touch(worker)
 
 
 def _drop_unless_adopted(books: Books, request_id: str, claim: Claim) -> None:

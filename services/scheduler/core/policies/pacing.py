@@ -66,3 +66,33 @@ PACINGS: dict[str, Pacing] = {
     "ticked": Pacing(_slice, _ticked, idle_workers_only=False),
     "adaptive": Pacing(_slice, _adaptive, idle_workers_only=False),
 }
+
+
+LeasePacing = Callable[[int, Constants], int]
+"""(output tokens so far) -> most new tokens in the next lease."""
+
+WHOLE_LEASE = 1 << 40
+"""Cut to what remains of a request."""
+
+
+def _lease_whole(output_tokens: int, constants: Constants) -> int:
+    return WHOLE_LEASE
+
+
+def _lease_fixed(output_tokens: int, constants: Constants) -> int:
+    if output_tokens == 0 and constants.first_slice_tokens:
+        return constants.first_slice_tokens
+    return constants.slice_tokens
+
+
+def _lease_growing(output_tokens: int, constants: Constants) -> int:
+    """As long as what was made so far, within bounds: geometric slices."""
+    first = constants.first_slice_tokens or constants.slice_tokens
+    return max(first, min(output_tokens, constants.slice_tokens))
+
+
+LEASE_PACINGS: dict[str, LeasePacing] = {
+    "whole": _lease_whole,
+    "fixed": _lease_fixed,
+    "growing": _lease_growing,
+}

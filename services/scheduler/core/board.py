@@ -1,0 +1,127 @@
+"""The board: what balancing looks at, one place a worker, as arrays.
+
+With a thousand workers a loop over them for every request would cost more than everything else,
+so the few numbers that decide where a request goes are kept here and compared all at once.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.scheduler.core.policies.balancing import Gauges
+from services.scheduler.core.workers import Worker
+from shared.messages import Form
+
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+IntArray = np.ndarray[tuple[int], np.dtype[np.intp]]
+
+
+def _empty() -> FloatArray:
+    return np.zeros(0, dtype=np.float64)
+
+
+@dataclass(slots=True)
+class Board:
+    """Places are numbered; a worker that leaves gives its place up, and later ones move up."""
+
+    form: Form
+    workers: list[Worker] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+    """Boot id to place."""
+    gauges: Gauges = field(default_factory=Gauges)
+    free: FloatArray = field(default_factory=_empty)
+    """KV tokens that no lease reserves; minus infinity: this worker gets nothing now."""
+    refused: FloatArray = field(default_factory=_empty)
+    """The least input tokens that this worker's gate has refused since its leases last changed."""
+    rests_until: FloatArray = field(default_factory=_empty)
+    """After a refused order."""
+    mean: float = 0.0
+    """Expected output tokens of a request; 0: not known."""
+
+    def join(self, worker: Worker) -> None:
+        """A new worker takes the last place."""
+        self.places[worker.info.worker] = len(self.workers)
+        self.workers.append(worker)
+        self.gauges.append()
+        self.free = np.append(self.free, 0.0)
+        self.refused = np.append(self.refused, np.inf)
+        self.rests_until = np.append(self.rests_until, worker.cool_until)
+        self.gauges.mean_output[-1] = self.mean
+        self.update(worker)
+
+    def leave(self, name: str) -> None:
+        """It is gone."""
+        place = self.places.pop(name, None)
+        if place is None:
+            return
+        del self.workers[place]
+        self.gauges.delete(place)
+        self.free = np.delete(self.free, place)
+        self.refused = np.delete(self.refused, place)
+        self.rests_until = np.delete(self.rests_until, place)
+        self.places = {worker.info.worker: i for i, worker in enumerate(self.workers)}
+
+    def update(self, worker: Worker) -> None:
+        """Write down what has changed about a worker."""
+        place = self.places.get(worker.info.worker)
+        if place is None:
+            return
+        credit, gauges = worker.credit, self.gauges
+        block = credit.block_tokens
+        used, total = credit.blocks * block, worker.memory.kv_tokens_capacity
+        gauges.running[place] = len(credit.leases)
+        gauges.kv_used[place] = used
+        gauges.kv_total[place] = total
+        gauges.backlog[place] = credit.backlog_tokens
+        line = worker.line
+        gauges.waiting[place] = len(line) if line is not None else 0
+        gauges.waiting_tokens[place] = worker.waiting_tokens
+        able = self.form in worker.info.forms and not worker.draining
+        self.free[place] = total - used if able else -np.inf
+        self.rests_until[place] = worker.cool_until
+
+    def set_mean_output(self, tokens: float) -> None:
+        """Expected output of a request, from the history."""
+        self.mean = tokens
+        self.gauges.mean_output[:] = tokens
+
+    def set_pace(self, prefill_token_s: float, token_s: float) -> None:
+        """Seconds per token, as the reports tell; one pace for all workers."""
+        self.gauges.prefill_token_s[:] = prefill_token_s
+        self.gauges.iteration_s[:] = token_s
+
+    def foresee(self, worker: Worker, *, peak_tokens: float, busy_s: float) -> None:
+        """What its leases will still need, by prediction."""
+        place = self.places.get(worker.info.worker)
+        if place is not None:
+            self.gauges.peak[place] = peak_tokens
+            self.gauges.busy_s[place] = busy_s
+
+    def reopen(self, worker: Worker) -> None:
+        """Something changed there: what was refused may be tried again."""
+        place = self.places.get(worker.info.worker)
+        if place is not None:
+            self.refused[place] = np.inf
+
+    def able(self, now: float) -> IntArray:
+        """Places of workers that may be given orders now."""
+        return np.flatnonzero((self.free > -np.inf) & (self.rests_until <= now))
+
+    def with_room(
+        self,
+        need_tokens: int,
+        input_tokens: int,
+        backlog_below: float,
+        running_below: float,
+        now: float,
+    ) -> IntArray:
+        """Places that may take a request: so many KV tokens are free, less than so much prefill
+        is queued, and no like request has been refused there lately."""
+        gauges = self.gauges
+        return np.flatnonzero(
+            (self.free >= need_tokens)
+            & (gauges.backlog < backlog_below)
+            & (gauges.running < running_below)
+            & (self.refused > input_tokens)
+            & (self.rests_until <= now)
+        )

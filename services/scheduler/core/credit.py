@@ -1,0 +1,74 @@
+"""A worker's credit: which leases it has been given, and how many KV blocks they reserve.
+
+Nothing runs without credit. A lease up to output position `until` reserves the blocks that the
+request can fill until then, before its order goes out; the blocks come back when the worker has
+said that the request ended or was parked. So what is reserved is never less than what is used.
+"""
+
+from dataclasses import dataclass, field
+
+from services.scheduler.core.state import Request
+from shared.memory import leased_blocks
+
+
+@dataclass(slots=True)
+class Credit:
+    """The leases of one worker."""
+
+    block_tokens: int = 1
+    leases: dict[str, Request] = field(default_factory=dict)
+    """In order of admission; those that are being parked among them."""
+    wanting: dict[str, Request] = field(default_factory=dict)
+    """Who has little left of its lease, in the order in which they said so."""
+    blocks: int = 0
+    """Reserved by all leases."""
+    parking_blocks: int = 0
+    """Of these, what comes back once parked requests have answered."""
+    backlog_tokens: int = 0
+    """Input of leases that have made no token yet: prefill that is still to be done."""
+
+    def capacity_blocks(self, capacity_tokens: int) -> int:
+        return capacity_tokens // self.block_tokens
+
+    def blocks_for(self, request: Request, until: int) -> int:
+        return leased_blocks(request.prompt_tokens, until, self.block_tokens)
+
+    def take(self, request: Request, until: int) -> None:
+        """A new lease here."""
+        request.until = until
+        request.blocks = self.blocks_for(request, until)
+        request.first_token = False
+        request.backlog_tokens = request.input_tokens
+        self.leases[request.request_id] = request
+        self.blocks += request.blocks
+        self.backlog_tokens += request.backlog_tokens
+        request.backlog_ahead = self.backlog_tokens
+
+    def extend(self, request: Request, until: int) -> None:
+        """The next lease of a request that is here."""
+        blocks = self.blocks_for(request, until)
+        self.blocks += blocks - request.blocks
+        request.until, request.blocks = until, blocks
+        self.wanting.pop(request.request_id, None)
+
+    def prefilled(self, request: Request) -> None:
+        """It has made its first token here."""
+        request.first_token = True
+        self.backlog_tokens -= request.backlog_tokens
+        request.backlog_tokens = 0
+
+    def park(self, request: Request) -> None:
+        """It was told to end its lease."""
+        self.parking_blocks += request.blocks
+        self.wanting.pop(request.request_id, None)
+
+    def release(self, request: Request, *, parking: bool) -> None:
+        """It is not here any more."""
+        if self.leases.pop(request.request_id, None) is None:
+            return
+        self.wanting.pop(request.request_id, None)
+        self.blocks -= request.blocks
+        if parking:
+            self.parking_blocks -= request.blocks
+        self.backlog_tokens -= request.backlog_tokens
+        request.until = request.blocks = request.backlog_tokens = 0

@@ -1,0 +1,82 @@
+"""What a worker reports of a lease: progress, its end, that it was parked.
+
+A report names the tokens since the last one. `resident` means that the request is still there and
+goes on while its lease lasts; everything else ends its placement and gives its blocks back.
+"""
+
+from services.scheduler.core import moves
+from services.scheduler.core.books import Books
+from services.scheduler.core.leasing import margin_tokens
+from services.scheduler.core.state import Request, State
+from services.scheduler.core.workers import Worker
+from shared.messages import SliceResult
+from shared.tokens import TOKEN_BYTES
+
+
+def joined_tokens(known: bytes, result: SliceResult) -> bytes | None:
+    """Our copy of a request's output with what is reported; None if the two do not meet, so that
+    only the gateway knows what it has."""
+    begin, new = result.position * TOKEN_BYTES, result.tokens
+    overlap = len(known) - begin
+    meets = begin >= 0 and 0 <= overlap <= len(new) and not len(new) % TOKEN_BYTES
+    if not meets or known[begin:] != new[:overlap]:
+        return None
+    return known + new[overlap:]
+
+
+def take_report(
+    books: Books, worker: Worker, request: Request, result: SliceResult, now: float
+) -> None:
+    """One report of a request that this worker holds."""
+    joined = joined_tokens(request.tokens, result)
+    if joined is None:
+        moves.recall(books, request, now)
+        return
+    first = not request.first_token and len(result.tokens) > 0
+    made = (len(joined) - len(request.tokens)) // TOKEN_BYTES
+    passed_s = now - request.heard_at
+    if first:
+        books.pace.saw_prefill(request.backlog_ahead, passed_s)
+        worker.credit.prefilled(request)
+    else:
+        books.pace.saw_tokens(made, passed_s)
+    request.tokens, request.heard_at = joined, now
+    books.lines.charge(request, 0, made)
+    books.touch(worker)
+    if result.finish_reason is not None and result.finish_reason != "cancelled":
+        moves.finish(books, request, result.finish_reason, request.output_tokens, now)
+    elif request.remaining_tokens <= 0:
+        moves.finish(books, request, "length", request.output_tokens, now)
+    elif result.resident:
+        _progress(books, worker, request, first=first)
+    else:
+        _stopped(books, worker, request, result, made, now)
+
+
+def _progress(books: Books, worker: Worker, request: Request, *, first: bool) -> None:
+    """It goes on; with little left of its lease it wants the next."""
+    if request.state is not State.PLACED:
+        return
+    left = request.until - request.output_tokens
+    if left <= margin_tokens(books):
+        worker.credit.wanting[request.request_id] = request
+    elif not first:
+        # It reports although much is left by our account: it has not heard of its latest lease.
+        books.reminded[request.request_id] = request
+
+
+def _stopped(
+    books: Books, worker: Worker, request: Request, result: SliceResult, made: int, now: float
+) -> None:
+    """Its KV is freed before its end: parked, evicted by the engine, or the worker is leaving."""
+    parked = request.state is State.PARKING
+    if parked or result.evicted:
+        request.evicted_at = now
+        request.evictions += 1
+        books.evictions += 1
+    request.refusals = 0 if made or parked else request.refusals + 1
+    if request.refusals > books.constants.refusals_max:
+        detail = result.detail or "its slices make no tokens"
+        moves.give_up(books, request, f"given up after {request.refusals} tries: {detail}", now)
+    else:
+        moves.give_back(books, request, now)

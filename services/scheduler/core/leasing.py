@@ -1,0 +1,358 @@
+"""A round of leases: who goes on, who has to stop, who joins.
+
+Renewal is the rule: whoever has little left of its lease gets the next one, in the order of
+admission, as long as blocks are free. Where none are, the preset's victim is parked: its lease
+ends, its blocks come back with the worker's answer, and it waits again, first in its line. Only
+when everybody here can go on does anybody join: the head of the line, if the preset's gate admits
+it and its first lease can be reserved. Nobody overtakes a refused head.
+
+A round looks only at workers where something changed, and a head that a worker refused is not
+tried there again before something changes. What is left of a long round is done at the next
+wake-up.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.scheduler.core import moves
+from services.scheduler.core.board import IntArray
+from services.scheduler.core.books import Books
+from services.scheduler.core.policies.balancing import BALANCERS
+from services.scheduler.core.policies.future import Future
+from services.scheduler.core.policies.gates import GATES, Gate
+from services.scheduler.core.policies.members import Member, View, columns
+from services.scheduler.core.policies.pacing import LEASE_PACINGS
+from services.scheduler.core.policies.victims import VICTIMS
+from services.scheduler.core.state import Request, State
+from services.scheduler.core.workers import Worker
+from shared.messages import Renewal, RunSlice, SliceOrder
+
+FORESEEING = frozenset({"least-predicted-peak", "max-min"})
+"""Balancers that want to know what a worker's leases will still need."""
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """What one worker is told in this round."""
+
+    orders: list[SliceOrder] = field(default_factory=list)
+    renewals: list[Renewal] = field(default_factory=list)
+    batch_id: str = ""
+
+
+@dataclass(slots=True)
+class _Round:
+    """One round in the making."""
+
+    now: float
+    outgoing: dict[str, _Outgoing] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
+    tests_left: int = 0
+
+    def to(self, worker: Worker) -> _Outgoing:
+        return self.outgoing.setdefault(worker.info.worker, _Outgoing())
+
+
+def lease_round(books: Books, now: float) -> None:
+    """Renew, park and admit wherever something changed since the last round."""
+    round_ = _Round(now, tests_left=books.constants.gate_tests_max)
+    touched, books.touched = books.touched, {}
+    _remind(books, round_)
+    workers = [w for w in map(books.workers.active.get, touched) if w is not None]
+    for worker in workers:
+        _renew(books, worker, round_)
+        if books.preset.offloading in FORESEEING:
+            _foresee(books, worker)
+    if books.lines.early:
+        _bind(books, now)
+        again = [w for w in map(books.workers.active.get, books.touched) if w is not None]
+        books.touched = {}
+        for worker in {w.info.worker: w for w in (*workers, *again)}.values():
+            _admit_from_line(books, worker, round_)
+    else:
+        _admit_from_centre(books, round_)
+    _send(books, round_)
+    books.round_at = _next_round_at(books, round_)
+
+
+def _foresee(books: Books, worker: Worker) -> None:
+    """The gauges of balancers that look into a worker's future."""
+    view = _view(books, worker)
+    members = columns(view.members)
+    left = books.lengths.expected_remaining_all(members.made, members.cap)
+    peak = Future(members.prompt + members.made, left.astype(np.int64)[None, :]).peak()
+    pace, credit = books.pace, worker.credit
+    per_lease_s = pace.token_s / max(1, len(members))
+    busy_s = credit.backlog_tokens * pace.prefill_token_s + float(left.sum()) * per_lease_s
+    books.board.foresee(worker, peak_tokens=peak, busy_s=busy_s)
+
+
+def _next_round_at(books: Books, round_: _Round) -> float | None:
+    """When a round is due although nothing happens: the rest of a long one, or a rest's end."""
+    if round_.tests_left <= 0:
+        return round_.now + books.constants.round_rest_s
+    if not books.requests.pool:
+        return None
+    rests = books.board.rests_until
+    resting = rests[rests > round_.now]
+    return float(resting.min()) if resting.size else None
+
+
+# ------------------------------------------------------------------------------------- renewals
+
+
+def _renew(books: Books, worker: Worker, round_: _Round) -> None:
+    """The next leases of those who asked, as far as blocks are free. A worker that leaves renews
+    nothing: it gives back who has used up its lease."""
+    if worker.draining:
+        return
+    credit, constants = worker.credit, books.constants
+    lease = LEASE_PACINGS[books.preset.pacing]
+    capacity = credit.capacity_blocks(worker.memory.kv_tokens_capacity)
+    for request in list(credit.wanting.values()):
+        if request.state is not State.PLACED:
+            credit.wanting.pop(request.request_id, None)
+            continue
+        tokens = lease(request.output_tokens, constants)
+        wanted = min(request.until + tokens, request.spec.max_tokens)
+        until = _affordable(worker, request, wanted, capacity)
+        if until > request.until:
+            _grant(worker, request, until, round_)
+        else:
+            _make_room(books, worker, round_.now)
+            return
+
+
+def _affordable(worker: Worker, request: Request, wanted: int, capacity: int) -> int:
+    """The furthest position up to `wanted` for which blocks are free."""
+    credit = worker.credit
+    free = capacity - credit.blocks
+    if credit.blocks_for(request, wanted) - request.blocks <= free:
+        return wanted
+    slots = (request.blocks + max(0, free)) * credit.block_tokens
+    return min(wanted, slots - request.prompt_tokens + 1)
+
+
+def _grant(worker: Worker, request: Request, until: int, round_: _Round) -> None:
+    worker.credit.extend(request, until)
+    renewal = Renewal(request_id=request.request_id, attempt=request.attempt, until=until)
+    round_.to(worker).renewals.append(renewal)
+
+
+def _make_room(books: Books, worker: Worker, now: float) -> None:
+    """Park somebody, unless blocks are coming back already; the others wait for them."""
+    credit = worker.credit
+    running = [r for r in credit.leases.values() if r.state is State.PLACED]
+    if running and credit.parking_blocks <= 0:
+        victim = VICTIMS[books.preset.victim](running, books.lengths, books.constants)
+        moves.park(books, victim, now)
+
+
+def _remind(books: Books, round_: _Round) -> None:
+    """Leases that a worker seems not to know of are said again."""
+    reminded, books.reminded = books.reminded, {}
+    for request in reminded.values():
+        worker = books.workers.active.get(request.worker)
+        if worker is not None and request.state is State.PLACED:
+            renewal = Renewal(
+                request_id=request.request_id, attempt=request.attempt, until=request.until
+            )
+            round_.to(worker).renewals.append(renewal)
+
+
+# ------------------------------------------------------------------------------------ admission
+
+
+def _bind(books: Books, now: float) -> None:
+    """Early binding: everybody who is bound to nobody gets a worker, if there is one."""
+    central = books.lines.central
+    if not len(central):
+        return
+    eligible = books.board.able(now)
+    if not eligible.size:
+        return
+    for request in central.ordered(now)[: books.constants.binds_max]:
+        fitting = _able_to_hold(books, eligible, request)
+        if fitting.size:
+            worker = books.board.workers[_pick(books, request, fitting)]
+            moves.bind(books, request, worker, now)
+
+
+def _able_to_hold(books: Books, places: IntArray, request: Request) -> IntArray:
+    """Those of the places whose worker could hold the whole request."""
+    total = books.board.gauges.kv_total[places]
+    return places[total >= request.context_tokens]
+
+
+def _pick(books: Books, request: Request, eligible: IntArray) -> int:
+    books.rounds.turn += 1
+    balance = BALANCERS[books.preset.offloading]
+    need = request.input_tokens
+    return int(
+        balance(books.board.gauges, need, eligible, books.rounds.turn, books.draws, books.constants)
+    )
+
+
+def _admit_from_line(books: Books, worker: Worker, round_: _Round) -> None:
+    """Early binding: from the worker's own line, in its order, until one is refused."""
+    line = worker.line
+    while line is not None and round_.tests_left > 0:
+        request = line.head(round_.now)
+        if request is None or not _has_room(books, worker, request, round_.now):
+            return
+        round_.tests_left -= 1
+        if not _admits(books, worker, request, round_):
+            return
+        _place(books, worker, request, round_)
+    if line is not None and len(line):
+        books.touched[worker.info.worker] = None
+
+
+def _admit_from_centre(books: Books, round_: _Round) -> None:
+    """Late binding: the head of the one line to the best worker that admits it, until there is a
+    head that nobody admits."""
+    line = books.lines.central
+    while round_.tests_left > 0:
+        request = line.head(round_.now)
+        if request is None or not _admit_somewhere(books, request, round_):
+            return
+
+
+def _admit_somewhere(books: Books, request: Request, round_: _Round) -> bool:
+    constants, board = books.constants, books.board
+    need = request.input_tokens + _first_lease(books, request) - 1
+    eligible = board.with_room(
+        need,
+        request.input_tokens,
+        constants.bind_backlog_tokens or np.inf,
+        constants.running_max or np.inf,
+        round_.now,
+    )
+    while eligible.size and round_.tests_left > 0:
+        place = _pick(books, request, eligible)
+        worker = board.workers[place]
+        if _has_room(books, worker, request, round_.now):
+            round_.tests_left -= 1
+            if _admits(books, worker, request, round_):
+                _place(books, worker, request, round_)
+                return True
+        board.refused[place] = min(board.refused[place], request.input_tokens)
+        eligible = eligible[eligible != place]
+    return False
+
+
+def _has_room(books: Books, worker: Worker, request: Request, now: float) -> bool:
+    """What no policy may overrule: memory for the first lease, and the limits of the worker."""
+    credit, info, constants = worker.credit, worker.info, books.constants
+    if worker.draining or now < worker.cool_until or books.preset.form not in info.forms:
+        return False
+    if credit.wanting or credit.parking_blocks:
+        return False
+    running_max = min((m for m in (constants.running_max, info.batch_size_max) if m), default=0)
+    if running_max and len(credit.leases) >= running_max:
+        return False
+    cap = constants.bind_backlog_tokens
+    if cap and credit.backlog_tokens >= cap:
+        return False
+    if request.context_tokens > info.context_tokens_max:
+        return False
+    until = request.output_tokens + _first_lease(books, request)
+    blocks = credit.blocks + credit.blocks_for(request, until)
+    return blocks <= credit.capacity_blocks(worker.memory.kv_tokens_capacity)
+
+
+def _first_lease(books: Books, request: Request) -> int:
+    lease = LEASE_PACINGS[books.preset.pacing]
+    return min(lease(request.output_tokens, books.constants), request.remaining_tokens)
+
+
+def _admits(books: Books, worker: Worker, request: Request, round_: _Round) -> bool:
+    """Whether the gate lets it in. A worker with nothing to do refuses nobody: waiting would not
+    make room."""
+    if not worker.credit.leases:
+        return True
+    name = worker.info.worker
+    gate = round_.gates.get(name)
+    if gate is None:
+        gate = round_.gates[name] = GATES[books.preset.admission](_view(books, worker))
+    return gate.admits(_member(books, request, request.output_tokens))
+
+
+def _view(books: Books, worker: Worker) -> View:
+    running = [r for r in worker.credit.leases.values() if r.state is State.PLACED]
+    return View(
+        capacity_tokens=worker.memory.kv_tokens_capacity,
+        block_tokens=worker.credit.block_tokens,
+        members=[_member(books, request, request.until) for request in running],
+        lengths=books.lengths,
+        constants=books.constants,
+        draws=books.draws,
+    )
+
+
+def _member(books: Books, request: Request, made: int) -> Member:
+    return Member(
+        prompt_tokens=request.prompt_tokens,
+        made=made,
+        cap=request.spec.max_tokens,
+        true_output=books.truth(request.request_id) if books.truth else 0,
+    )
+
+
+def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> None:
+    """It joins: an attempt, a first lease, an order."""
+    out, now = round_.to(worker), round_.now
+    if not out.batch_id:
+        books.rounds.batches += 1
+        out.batch_id = f"{books.epoch}-{books.rounds.batches}"
+    lease_tokens = _first_lease(books, request)
+    waited_s = max(0.0, now - request.since)
+    gate = round_.gates.get(worker.info.worker)
+    if gate is not None:
+        gate.add(_member(books, request, request.output_tokens + lease_tokens))
+    moves.place(books, request, worker.info.worker, out.batch_id, now)
+    request.heard_at = now
+    worker.credit.take(request, request.output_tokens + lease_tokens)
+    books.lines.charge(request, request.input_tokens, 0)
+    books.board.update(worker)
+    out.orders.append(
+        SliceOrder(
+            spec=request.spec,
+            attempt=request.attempt,
+            tokens=request.tokens,
+            lease_tokens=lease_tokens,
+            pool_wait_s=waited_s,
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------- orders
+
+
+def margin_tokens(books: Books) -> int:
+    """With so little left of a lease a worker reports, and the next one is granted."""
+    constants = books.constants
+    return max(1, round(constants.lease_margin_share * constants.slice_tokens))
+
+
+def _send(books: Books, round_: _Round) -> None:
+    constants = books.constants
+    for name, out in round_.outgoing.items():
+        if not out.batch_id:
+            books.rounds.batches += 1
+            out.batch_id = f"{books.epoch}-{books.rounds.batches}"
+        books.send(
+            RunSlice(
+                epoch=books.epoch,
+                worker=name,
+                batch_id=out.batch_id,
+                form="leased",
+                orders=tuple(out.orders),
+                renewals=tuple(out.renewals),
+                margin_tokens=margin_tokens(books),
+                iteration_tokens=constants.iteration_tokens,
+                prefill_first=books.preset.batching == "prefill-first",
+            )
+        )
+        books.board.update(books.workers.active[name])
