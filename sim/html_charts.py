@@ -92,7 +92,8 @@ def latency_curves(groups: Sequence[Group], load: Load) -> list[Chart]:
     """The distribution over requests of the three latencies, one curve a policy."""
     charts = []
     for title, values_of, limit, caption in _LATENCIES:
-        traces, limits = [], set()
+        traces: list[Figure] = []
+        limits: set[float] = set()
         for at, policy in enumerate(policies_of(groups)):
             own = [g for g in groups if g.policy == policy and g.load.label == load.label]
             runs = [run for group in own for run in group.runs]

@@ -184,5 +184,6 @@ def _thinned(
 def _line(
     x: list[float], y: list[float], name: str, *, width: float = 2, **more: Any
 ) -> dict[str, Any]:
-    style = {"width": width, **{key: more.pop(key) for key in ("color", "dash") if key in more}}
+    style: dict[str, Any] = {"width": width}
+    style |= {key: more.pop(key) for key in ("color", "dash") if key in more}
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": style, **more}

@@ -1,0 +1,69 @@
+"""The table of many runs: rows in order, means over seeds, the best of each load."""
+
+import io
+
+from rich.console import Console
+
+from sim.comparison import best_of, comparison_table
+from sim.metrics import averaged, metric_named
+from sim.runs import Load, Run, groups_of, loads_of
+from tests.sim.finished_runs import toy_run
+
+
+def shown(runs: list[Run]) -> str:
+    """The table as text."""
+    console = Console(width=220, record=True, file=io.StringIO())
+    console.print(comparison_table(groups_of(runs), "toy"))
+    return console.export_text()
+
+
+def test_rows_go_from_light_to_heavy_load_with_all_policies() -> None:
+    runs = [toy_run(name, rate) for rate in (16.0, 4.0) for name in ("slow", "fast")]
+    lines = [line for line in shown(runs).splitlines() if "400/400" in line]
+    assert [("4 requests/s" in line, "16 requests/s" in line) for line in lines] == [
+        (True, False),
+        (False, False),
+        (False, True),
+        (False, False),
+    ]
+    assert ["slow" in line for line in lines] == [True, False, True, False]
+
+
+def test_figures_are_means_over_the_seeds() -> None:
+    runs = [toy_run("slow", 8.0, seed) for seed in (0, 1, 2)]
+    (group,) = groups_of(runs)
+    mean = averaged(group.reports, metric_named("goodput_rps"))
+    assert mean is not None
+    values = [run.report.goodput_rps for run in runs]
+    assert (mean.low, mean.high) == (min(values), max(values))
+    text = shown(runs)
+    assert f"{sum(values) / 3:.2f} ({min(values):.2f}-{max(values):.2f})" in text
+    assert "1,200/1,200" in text
+
+
+def test_the_best_is_the_highest_or_the_lowest_as_the_metric_says() -> None:
+    groups = groups_of([toy_run("slow", 12.0), toy_run("fast", 12.0)])
+    for name, best in (("goodput_rps", max), ("ttft_s.mean", min)):
+        metric = metric_named(name)
+        values = [metric.value(group.reports[0]) or 0.0 for group in groups]
+        assert best_of(groups, metric) == best(values)
+    assert best_of(groups, metric_named("requests")) is None
+    assert best_of(groups[:1], metric_named("goodput_rps")) is None
+
+
+def test_loads_have_names_and_places_on_an_axis() -> None:
+    loads = [
+        Load("rate", 5.0, 4.9),
+        Load("rate-scale", 2.0, 11.06),
+        Load("clients", 40.0),
+        Load(offered_rps=5.53),
+    ]
+    assert [load.label for load in loads] == [
+        "5 requests/s",
+        "2 x recorded speed (11.1 requests/s)",
+        "40 clients",
+        "recorded arrivals (5.53 requests/s)",
+    ]
+    assert [load.position for load in loads] == [5.0, 11.06, 40.0, 5.53]
+    runs = [Run(toy_run("slow", 4.0).report, load=load) for load in loads[:3]]
+    assert [load.position for load in loads_of(groups_of(runs))] == [5.0, 11.06, 40.0]
