@@ -190,6 +190,8 @@ def test_sal_variants_differ_where_memory_binds() -> None:
     assert choose("sal-a", rows, need=100) == 0
     assert choose("sal-b", rows, need=100) == 1
     assert choose("sal-c", rows, need=100) == 1
+    assert choose("sal-b", [rows[0], worker(backlog=312, kv_used=200)], need=100) == 1
+    assert choose("sal-b", [rows[0], worker(backlog=313, kv_used=200)], need=100) == 0
     # 10 times faster iterations, and memory comes free in 0.03 s.
     rows[0]["iteration_s"] = 0.005
     assert choose("sal-b", rows, need=100) == 0

@@ -294,9 +294,19 @@ def test_who_idles_long_enough_moves_to_the_first_level() -> None:
     queue = make("mlfq")
     queue.push(request_of(1, prompt_tokens=1000, arrived_at=0.0), 0.0)
     queue.push(request_of(2, arrived_at=2.75), 2.75)
-    queue.push(request_of(3, arrived_at=3.25), 3.25)
+    queue.push(request_of(3, prompt_tokens=129, arrived_at=2.75), 2.75)
     assert [r.number for r in queue.ordered(2.9)] == [2, 3, 1]
-    assert served(queue, 3.5) == [2, 1, 3]
+    assert [r.number for r in queue.ordered(3.0)] == [2, 1, 3]
+    queue.push(request_of(4, arrived_at=3.25), 3.25)
+    assert served(queue, 3.5) == [2, 1, 4, 3]
+
+
+def test_the_response_ratio_of_short_requests_grows_faster() -> None:
+    queue = make("hrrn")
+    long, short = request_of(1, prompt_tokens=1000, arrived_at=0.0), request_of(2, arrived_at=4.0)
+    for request in (long, short):
+        queue.push(request, 4.0)
+    assert [queue.head(now) for now in (4.0, 4.25, 4.5)] == [long, long, short]
 
 
 def test_larry_is_first_come_first_served_while_few_wait() -> None:
