@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-def peak(held: Sequence[int], remaining: Sequence[int], block_tokens: int = 1) -> int:
+def peak(held: Sequence[int] | Ints, remaining: Sequence[int] | Ints, block_tokens: int = 1) -> int:
     """M* of one batch: `held` tokens now and `remaining` tokens to make, per request; in blocks.
     With blocks of one token this is the source's M* = max over k of (a_1 + .. + a_k + k r_k)."""
     return int(peaks(_ints(held), _ints(remaining)[None, :], block_tokens)[0])
@@ -109,5 +109,5 @@ def _blocks(tokens: Ints, block: int) -> Ints:
     return tokens if block == 1 else -(-tokens // block)
 
 
-def _ints(values: Sequence[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
+def _ints(values: Sequence[int] | Ints) -> Ints:
+    return np.asarray(values, dtype=np.int64)
