@@ -14,9 +14,10 @@ from sim.html_report import Heading, NoPlotly, plotly_script, write_html
 from sim.parallel import RunFailed
 from sim.report import Report
 from sim.report_table import report_table
+from sim.run import Keep
 from sim.runs import Run, groups_of
 from sim.slo import SloError, parse_slo
-from sim.tasks import Fixed, Task, keep_of, run_tasks, tasks_of
+from sim.tasks import Fixed, Task, run_tasks, tasks_of
 from sim.workload import WorkloadError
 
 COLUMNS_MAX = 6
@@ -79,7 +80,7 @@ def simulate(
                 choice,
                 fixed,
                 workers,
-                keep_of(series=html_file is not None, journal=journal is not None),
+                Keep(series=html_file is not None, journal=journal is not None),
             )
         )
         if journal is not None and len(tasks) > 1:

@@ -17,6 +17,7 @@ from services.scheduler.core.settings import (
 )
 from shared.profiles import BadProfile, CostProfile, UnknownProfile, load_profile
 from sim.runs import Load
+from sim.text import OUTPUT_TOKENS_MAX, PROMPT_TOKENS_MAX
 from sim.workload import Workload, WorkloadError, make_workload
 
 ALL = "all"
@@ -106,7 +107,18 @@ class WorkloadChoice:
             shuffle=self.shuffle,
             seed=seed,
         )
+        _check_lengths(workload)
         return workload, replace(load, offered_rps=workload.offered_rps)
+
+
+def _check_lengths(workload: Workload) -> None:
+    for name, most in (("output", OUTPUT_TOKENS_MAX), ("prompt", PROMPT_TOKENS_MAX)):
+        longest = max(getattr(item, f"{name}_tokens") for item in workload.items)
+        if longest > most:
+            raise WorkloadError(
+                f"{workload.name}: {name} of {longest:,} tokens; cut it with "
+                f"--max-{name}-tokens, at most {most:,}"
+            )
 
 
 def loads(

@@ -12,9 +12,10 @@ from rich.table import Table
 from sim import options
 from sim.parallel import RunFailed
 from sim.plan import Plan, fewest_workers
+from sim.run import NOTHING
 from sim.runs import Load, Run
 from sim.slo import Slo, SloError, parse_slo
-from sim.tasks import Fixed, keep_of, run_tasks, tasks_of
+from sim.tasks import Fixed, run_tasks, tasks_of
 from sim.workload import WorkloadError
 
 UNMET_EXIT_CODE = 3
@@ -82,7 +83,7 @@ def plan(
         for name in options.policies(policy):
 
             def attained(workers: int, name: str = name) -> float:
-                tasks = list(tasks_of([name], [load], seeds, choice, fixed, workers, keep_of()))
+                tasks = list(tasks_of([name], [load], seeds, choice, fixed, workers, NOTHING))
                 runs = [done.run for done in run_tasks(tasks, jobs, f"{name}, {workers} workers")]
                 share = attainment(runs, objectives)
                 console.print(f"{name}: {workers} workers, {share:.2%} within the objectives")

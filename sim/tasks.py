@@ -89,7 +89,8 @@ def perform(task: Task, progress: Callable[[int, int], None]) -> Done:
     if task.load.offered_rps is not None:
         notes["offered_rps"] = f"{task.load.offered_rps:.6g}"
     report = msgspec.structs.replace(outcome.report, notes=notes)
-    return Done(Run(report, outcome.records, task.load, task.setup.seed, outcome.series), b"")
+    done = Run(report, outcome.records, task.load, task.setup.seed, outcome.series)
+    return Done(done, outcome.transcript if task.keep.journal else b"")
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int = 0, title: str = "") -> list[Done]:
