@@ -28,7 +28,8 @@ class WorkerSettings(ServiceSettings):
     revision: str = ""
     """A branch, tag or commit of a hub model; empty: the default branch."""
     engine: str = "padded"
-    """What runs the slices: padded."""
+    """What runs the slices: padded, or simulated (no model: a cost profile says how long all takes,
+    and the text is nonsense)."""
     device: Device = "auto"
     """auto: CUDA where there is one."""
     dtype: DataType = "auto"
@@ -49,6 +50,19 @@ class WorkerSettings(ServiceSettings):
     prefill_chunk_tokens: int = Field(default=4096, ge=1)
     """Most input tokens, padding counted, in one iteration of prefill: it bounds how long a
     cancelled request still costs, and the memory of activations."""
+
+    profile: str = "llama-2-13b-a100"
+    """Engine simulated: the cost profile, a name in deploy/costs or a JSON file. It also says how
+    much KV there is, where kv_tokens does not."""
+    simulated_lengths: str = "mean=256"
+    """Engine simulated: how long outputs would get by themselves. A CSV or Parquet file with a
+    column output_tokens: row (seed + choice) modulo the number of rows. Or mean=TOKENS: 4096 rows
+    of an exponential distribution. max_tokens cuts it; ignore_eos makes it max_tokens."""
+    simulated_noise: float | None = Field(default=None, ge=0, le=1)
+    """Engine simulated: standard deviation of an iteration's time over its mean; without it, the
+    profile's own."""
+    simulated_speed: float = Field(default=1.0, gt=0, le=1000)
+    """Engine simulated: how many times faster than the profile says."""
 
     def served_name(self) -> str:
         """The model's name in requests."""

@@ -8,6 +8,8 @@ import torch
 
 from services.worker.engines.api import Engine
 from services.worker.engines.registry import engine_maker
+from services.worker.engines.simulated import make_simulated
+from services.worker.engines.simulated_clock import Clock
 from services.worker.settings import WorkerSettings
 from tests.worker.core_bench import Bench
 from tests.worker.reference import Reference
@@ -40,20 +42,67 @@ def references(model_folders: dict[str, Path]) -> dict[str, Reference]:
     return {name: Reference(folder) for name, folder in model_folders.items()}
 
 
-@pytest.fixture(params=["padded"])
-def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Makes an engine of each kind for a model folder, with other settings by name."""
+class TestClock:
+    """A simulated engine's time that jumps to whatever is waited for."""
+
+    __test__ = False
+    tick_s = 0.01
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def now(self) -> float:
+        return self.at
+
+    def wait_until(self, at: float) -> None:
+        self.at = max(self.at, at)
+
+    def interrupt(self) -> None:
+        pass
+
+
+def simulated(folder: Path, clock: Clock | None = None, **settings: object) -> Engine:
+    """A simulated engine that takes no time, on a profile with noise; blocks of 16 tokens."""
+    defaults = {"kv_tokens": 8_000, "simulated_lengths": "mean=1000"}
+    loaded = WorkerSettings(
+        model=str(folder), engine="simulated", name="w", **{**defaults, **settings}
+    )
+    return make_simulated(loaded, clock or TestClock())
+
+
+def _makes(kind: str) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 
     def make(folder: Path, **settings: object) -> Engine:
-        defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": "cpu"}
-        loaded = WorkerSettings(model=str(folder), engine=request.param, **{**defaults, **settings})
-        made.append(engine_maker(request.param)(loaded))
+        if kind == "simulated":
+            made.append(simulated(folder, **settings))
+        else:
+            defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": "cpu"}
+            loaded = WorkerSettings(model=str(folder), engine=kind, **{**defaults, **settings})
+            made.append(engine_maker(kind)(loaded))
         return made[-1]
 
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture(params=["padded"])
+def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+    """Makes an engine of each kind for a model folder, with other settings by name."""
+    yield from _makes(request.param)
+
+
+@pytest.fixture(params=["padded", "simulated"])
+def make_any_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+    """As `make_engine`, with the engines whose text means nothing."""
+    yield from _makes(request.param)
+
+
+@pytest.fixture(params=["simulated"])
+def make_leased_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+    """As `make_any_engine`, those that run leases."""
+    yield from _makes(request.param)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace as changed
 
 from services.worker.engines.api import BadOrder, OutOfMemory, StepReport
+from services.worker.engines.registry import FORMS
 from services.worker.sampling import LOGPROB_MIN
 from shared.messages import Sampling, WorkerMemory
 from shared.tokens import unpack
@@ -132,8 +133,8 @@ def test_sampled_text_is_the_same_in_any_slices_and_company(
     agreement.check()
 
 
-def test_choices_differ_and_seeds_repeat(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_choices_differ_and_seeds_repeat(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama)
     specs = [make_spec(f"c{n}", max_tokens=12, sampling=DRAWN, choice=n) for n in range(4)]
     texts = [tuple(m.ids) for m in run_to_end(engine, specs, 12).values()]
     assert len(set(texts)) == 4
@@ -196,8 +197,10 @@ def test_prompt_logprobs_come_with_the_first_token(
             )
 
 
-def test_a_prompt_can_be_scored_without_any_output(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_a_prompt_can_be_scored_without_any_output(
+    make_any_engine: MakeEngine, llama: Path
+) -> None:
+    engine = make_any_engine(llama)
     scored = changed(GREEDY, logprobs=0, prompt_logprobs=True)
     made = Made(make_spec("r", max_tokens=0, sampling=scored))
     run_batch(engine, make_batch(make_order(made.spec, 8)), {"r": made})
@@ -206,8 +209,8 @@ def test_a_prompt_can_be_scored_without_any_output(make_engine: MakeEngine, llam
     assert len(made.prompt_logprobs) == 3
 
 
-def test_rows_may_have_different_leases(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_rows_may_have_different_leases(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama)
     made = {name: Made(make_spec(name, max_tokens=9)) for name in ("short", "long", "last")}
     batch = make_batch(
         make_order(made["short"].spec, 2),
@@ -228,15 +231,17 @@ def test_rows_may_have_different_leases(make_engine: MakeEngine, llama: Path) ->
     assert end.timings.decode_s > 0
 
 
-def test_the_batch_is_no_longer_than_its_iterations(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_the_batch_is_no_longer_than_its_iterations(
+    make_any_engine: MakeEngine, llama: Path
+) -> None:
+    engine = make_any_engine(llama)
     made = Made(make_spec())
     run_batch(engine, make_batch(make_order(made.spec, 16), iterations=3), {"r": made})
     assert (len(made.ids), made.finish_reason) == (3, None)
 
 
-def test_padding_is_counted(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_padding_is_counted(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama)
     orders = [
         make_order(make_spec("a", [BEGIN] * 10), 2),
         make_order(make_spec("b", [BEGIN] * 3), 2, output=[5, 6]),
@@ -247,8 +252,8 @@ def test_padding_is_counted(make_engine: MakeEngine, llama: Path) -> None:
     assert end.timings.input_tokens_max == 10
 
 
-def test_a_cancelled_request_makes_no_more_tokens(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_a_cancelled_request_makes_no_more_tokens(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama)
     engine.start(make_batch(make_order(make_spec("gone"), 6), make_order(make_spec("stays"), 6)))
     seen: list[tuple[str, int]] = []
     ended = ()
@@ -270,8 +275,8 @@ def test_a_cancelled_request_makes_no_more_tokens(make_engine: MakeEngine, llama
     assert (stays.finish_reason, stays.invalid_tokens) == (None, 0)
 
 
-def test_a_batch_without_takers_ends_at_once(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama)
+def test_a_batch_without_takers_ends_at_once(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama)
     engine.start(make_batch(make_order(make_spec("a"), 8), make_order(make_spec("b"), 8)))
     engine.step()
     engine.cancel("a")
@@ -300,9 +305,9 @@ def test_memory_is_exact(make_engine: MakeEngine, llama: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
-    make_engine: MakeEngine, llama: Path
+    make_any_engine: MakeEngine, llama: Path
 ) -> None:
-    engine = make_engine(llama, kv_tokens=48)
+    engine = make_any_engine(llama, kv_tokens=48)
     orders = [make_order(make_spec(f"r{n}", [BEGIN] * 16), 8) for n in range(3)]
     with pytest.raises(OutOfMemory, match="72 tokens of KV, there are 48"):
         engine.start(make_batch(*orders))
@@ -311,8 +316,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     run_batch(engine, make_batch(*orders[:2]))
 
 
-def test_the_batch_size_is_bounded(make_engine: MakeEngine, llama: Path) -> None:
-    engine = make_engine(llama, batch_size_max=2)
+def test_the_batch_size_is_bounded(make_any_engine: MakeEngine, llama: Path) -> None:
+    engine = make_any_engine(llama, batch_size_max=2)
     orders = [make_order(make_spec(f"r{n}"), 2) for n in range(3)]
     with pytest.raises(OutOfMemory, match="at most 2"):
         engine.start(make_batch(*orders))
@@ -326,16 +331,27 @@ def test_the_batch_size_is_bounded(make_engine: MakeEngine, llama: Path) -> None
         (make_batch(make_order(make_spec(prompt=[1] * 510, max_tokens=99))), "context"),
         (make_batch(make_order(make_spec(prompt=[]))), "no prompt"),
         (make_batch(), "empty"),
-        (make_batch(make_order(make_spec()), form="leased"), "closed"),
     ],
 )
 def test_impossible_orders_are_refused(
-    make_engine: MakeEngine, llama: Path, order: object, complaint: str
+    make_any_engine: MakeEngine, llama: Path, order: object, complaint: str
 ) -> None:
-    engine = make_engine(llama)
+    engine = make_any_engine(llama)
     with pytest.raises(BadOrder, match=complaint):
         engine.start(order)  # type: ignore[arg-type]
     assert not engine.busy
+
+
+def test_a_form_that_the_engine_lacks_is_refused(make_engine: MakeEngine, llama: Path) -> None:
+    engine = make_engine(llama)
+    with pytest.raises(BadOrder, match="closed"):
+        engine.start(make_batch(make_order(make_spec()), form="leased"))
+    assert not engine.busy
+
+
+def test_forms_are_known_before_an_engine_is_made(make_any_engine: MakeEngine, llama: Path) -> None:
+    info = make_any_engine(llama).info
+    assert FORMS[info.engine] == info.forms
 
 
 def test_results_do_not_depend_on_what_ran_before(

@@ -68,7 +68,8 @@ class Lease(Held):
     def due(self, margin_tokens: int) -> bool:
         """Whether the scheduler has to hear of it now."""
         first = self.position > self.begin and not self.said_first
-        margin = self.until - self.position <= margin_tokens and self.said_margin_of != self.until
+        low = self.until - self.position <= margin_tokens and self.until < self.output_tokens_max
+        margin = low and self.said_margin_of != self.until
         return first or margin or (self.used_up and self.said_end_of != self.until)
 
     def report(

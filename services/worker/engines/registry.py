@@ -1,10 +1,12 @@
-"""Engines by name. Each is imported only when it is asked for: their libraries are heavy."""
+"""Engines by name, and the forms of slices that each runs. Each is imported only when it is asked
+for: their libraries are heavy."""
 
 from collections.abc import Callable
 
 from services.worker.engines.api import Engine
 from services.worker.settings import WorkerSettings
 from shared.config import SetupError
+from shared.messages import Form
 
 
 class UnknownEngine(SetupError):
@@ -17,7 +19,21 @@ def _padded(settings: WorkerSettings) -> Engine:
     return make_padded(settings)
 
 
-ENGINES: dict[str, Callable[[WorkerSettings], Engine]] = {"padded": _padded}
+def _simulated(settings: WorkerSettings) -> Engine:
+    from services.worker.engines.simulated import make_simulated
+
+    return make_simulated(settings)
+
+
+ENGINES: dict[str, Callable[[WorkerSettings], Engine]] = {
+    "padded": _padded,
+    "simulated": _simulated,
+}
+FORMS: dict[str, tuple[Form, ...]] = {
+    "padded": ("closed",),
+    "simulated": ("closed", "leased"),
+}
+"""What each engine's `info.forms` will be, to be known before a model is loaded."""
 
 
 def engine_maker(name: str) -> Callable[[WorkerSettings], Engine]:
