@@ -18,7 +18,16 @@ from collections import deque
 from collections.abc import Iterator
 
 from services.worker.core.pretend_blocks import BlockPool
-from services.worker.core.pretend_parts import Costs, GapLog, Noise, Progress, Tally, no_noise
+from services.worker.core.pretend_parts import (
+    Costs,
+    GapLog,
+    Kind,
+    Noise,
+    Progress,
+    Spans,
+    Tally,
+    no_noise,
+)
 from services.worker.core.pretend_seats import Jump, Measured, Seat, Stage
 from shared.messages import FinishReason, SliceTimings
 
@@ -30,10 +39,17 @@ class LeasedEngine:
     """See the module's text. `noise` draws the factor of a jump from the caller's generator."""
 
     def __init__(
-        self, costs: Costs, kv_tokens: int, block_tokens: int = 1, noise: Noise = no_noise
+        self,
+        costs: Costs,
+        kv_tokens: int,
+        block_tokens: int = 1,
+        noise: Noise = no_noise,
+        spans: Spans | None = None,
     ) -> None:
+        """`spans`: where to write down what was worked on when, if anybody wants to see it."""
         self.pool = BlockPool(kv_tokens, block_tokens)
         self.tally = Tally()
+        self.spans = spans
         self._costs = costs
         self._noise = noise
         self._margin_tokens = 0
@@ -107,11 +123,12 @@ class LeasedEngine:
         self._prefills.append(seat)
         self._interrupt(now)
 
-    def renew(self, request_id: str, attempt: int, until: int, now: float) -> None:
-        """A longer lease. A running seat takes it up without a break."""
+    def renew(self, request_id: str, attempt: int, until: int, now: float) -> bool:
+        """A longer lease, which a running seat takes up without a break. False: it is not here, or
+        its lease is as long already."""
         seat = self._seats.get(request_id)
         if seat is None or seat.attempt != attempt or until <= seat.until:
-            return
+            return False
         self.pool.reserved -= seat.lease_blocks(self.pool.size)
         seat.until, seat.margin_told = until, False
         self.pool.reserved += seat.lease_blocks(self.pool.size)
@@ -122,6 +139,7 @@ class LeasedEngine:
         elif seat.stage is Stage.PAUSED and seat not in self._joining:
             self._joining.append(seat)
             self._interrupt(now)
+        return True
 
     def park(self, request_id: str, attempt: int, now: float) -> None:
         """End the lease after the running iteration, and say so."""
@@ -313,6 +331,8 @@ class LeasedEngine:
         tally.count_memory(jump.start, used)
         tally.count_memory(jump.end, (used + pool.used) / 2)
         tally.kv_blocks_peak = max(tally.kv_blocks_peak, pool.used)
+        if self.spans is not None:
+            _note(self.spans, jump)
         self._jump = None
         if steps:
             self._events_due(jump.end)
@@ -484,3 +504,13 @@ class LeasedEngine:
         self._rest(seat, Stage.GONE)
         if self._seats.get(seat.request_id) is seat:
             del self._seats[seat.request_id]
+
+
+def _note(spans: Spans, jump: Jump) -> None:
+    """Write a jump down; the last span goes on if it was of the same kind, without a break."""
+    kind: Kind = "decode" if not jump.chunks else "mixed" if jump.decodes else "prefill"
+    rows, start = jump.decodes + len(jump.chunks), jump.start
+    if spans and spans[-1][1] == start and spans[-1][2] == kind:
+        start, _, _, before = spans.pop()
+        rows = max(rows, before)
+    spans.append((start, jump.end, kind, rows))

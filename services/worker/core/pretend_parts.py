@@ -7,12 +7,15 @@ reports. All times are seconds on the caller's clock.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from shared.messages import FinishReason
 
 Noise = Callable[[int], float]
 """Iterations of a jump -> the factor on its expected time."""
+Kind = Literal["prefill", "decode", "mixed", "closed"]
+Spans = list[tuple[float, float, Kind, int]]
+"""(start, end, kind, most requests together) of unbroken work of one kind."""
 FACTOR_MIN = 0.2
 """No jump takes less than this share of its expected time, whatever the noise."""
 

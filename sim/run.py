@@ -1,0 +1,168 @@
+"""One run: a set-up goes in, the report comes out, with as much of its inside as is wanted."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import pstdev
+
+import msgspec
+
+from services.scheduler.core.replay import Step as JournalStep
+from services.scheduler.core.replay import started, to_bytes
+from services.scheduler.core.settings import Constants
+from sim.leader import Spent, Step
+from sim.mesh import SimMesh
+from sim.network import Seen
+from sim.report import Record, Report, summarise
+from sim.sampler import Sampler
+from sim.series import Series
+from sim.setup import Setup
+
+SETTLE_S = 10.0
+"""After the last request has ended: for what is still on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What to keep of a run's inside; everything costs memory, and some of it time."""
+
+    series: bool = False
+    sample_s: float = 1.0
+    spans: bool = True
+    """With `series`: the workers' timelines."""
+    journal: bool = False
+    """Every call of the scheduler's core, for `tranche replay`."""
+    messages: bool = False
+    """Every message sent and received, for the checkers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came out. Two runs of equal set-ups differ in `spent` only (and in the report's
+    `scheduler_cpu_s`), which this machine's clock has measured."""
+
+    report: Report
+    records: Sequence[Record]
+    series: Series | None
+    steps: Sequence[Step]
+    """The journal: empty unless kept. An election begins a new leadership."""
+    messages: Sequence[Seen]
+    spent: Spent
+    policy: str
+    constants: Constants
+    events: int
+    """Of the world."""
+
+    @property
+    def transcript(self) -> bytes:
+        """The journal as bytes, as the real scheduler writes it and `tranche replay` reads it."""
+        parts = []
+        for step in self.steps:
+            if step.event is not None and type(step.event).__name__ == "Elected":
+                parts.append(to_bytes(started(self.policy, self.constants)))
+            record = JournalStep(now=step.now, event=step.event, commands=tuple(step.commands))
+            parts.append(to_bytes(record))
+        return b"".join(parts)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the journal and of the records."""
+        whole = hashlib.sha256(self.transcript)
+        whole.update(msgspec.msgpack.encode([repr(record) for record in self.records]))
+        return whole.hexdigest()
+
+
+NOTHING = Keep()
+
+
+def run(
+    setup: Setup,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Keep = NOTHING,
+) -> Outcome:
+    """Simulate the set-up to its end. `progress(done, total)` counts requests."""
+    journal: list[Step] | None = [] if keep.journal else None
+    log: list[Seen] | None = [] if keep.messages else None
+    mesh = SimMesh(
+        setup,
+        progress=progress,
+        journal=journal,
+        log=log,
+        spans=keep.series and keep.spans,
+    )
+    sampler = Sampler(mesh, keep.sample_s) if keep.series else None
+    mesh.start()
+    begun_at = mesh.world.now
+    _run_out(mesh)
+    series = sampler.series() if sampler is not None else None
+    records = [call.record(0.0) for call in mesh.clients.calls]
+    report = _report(mesh, records, begun_at)
+    if keep.messages:
+        mesh.world.run(mesh.world.now + SETTLE_S)
+    return Outcome(
+        report=report,
+        records=records,
+        series=series,
+        steps=journal or (),
+        messages=log or (),
+        spent=mesh.leader.spent,
+        policy=setup.policy,
+        constants=setup.all_constants(),
+        events=mesh.world.events,
+    )
+
+
+def _run_out(mesh: SimMesh) -> None:
+    """Until all requests have ended, or none has for too long."""
+    clients, stalled_s = mesh.clients, mesh.setup.stalled_s
+    while not clients.done:
+        last_arrival = max(item.arrival_s or 0.0 for item in mesh.setup.workload.items)
+        ended, sent = clients.ended, len(clients.calls)
+        mesh.world.run(mesh.world.now + stalled_s, stop=lambda: clients.done)
+        moved = clients.ended > ended or len(clients.calls) > sent
+        if not moved and mesh.world.now > last_arrival + stalled_s:
+            return
+
+
+def _report(mesh: SimMesh, records: Sequence[Record], begun_at: float) -> Report:
+    setup = mesh.setup
+    report = summarise(
+        records,
+        policy=setup.policy,
+        workers=setup.workers,
+        slo=setup.slo,
+        workload=setup.workload.name,
+    )
+    workers = mesh.all_workers
+    tallies = [worker.tally for worker in workers]
+    counts = [worker.counts for worker in workers]
+    evicted: set[str] = set()
+    for count in counts:
+        evicted |= count.evicted.keys()
+    leased = workers[0].form == "leased"
+    block_tokens = setup.block_tokens_each if leased else 1
+    iterations = sum(tally.iterations for tally in tallies)
+    batches = sum(tally.batches for tally in tallies)
+    together = sum(t.sequence_iterations for t in tallies) / max(1, iterations)
+    rows = sum(count.batch_rows for count in counts) / max(1, batches)
+    kv_seconds = block_tokens * sum(tally.kv_block_seconds for tally in tallies)
+    room = setup.kv_tokens_each * setup.workers * max(report.duration_s, 1e-9)
+    return msgspec.structs.replace(
+        report,
+        evictions=sum(count.evictions for count in counts),
+        evicted_requests=len(evicted),
+        kv_util_mean=kv_seconds / room,
+        kv_peak_max=max(t.kv_blocks_peak for t in tallies) * block_tokens / setup.kv_tokens_each,
+        invalid_tokens=sum(count.invalid_tokens for count in counts),
+        pad_tokens=sum(count.pad_tokens for count in counts),
+        slices_per_request=sum(count.slices for count in counts) / max(1, len(records)),
+        batch_size_mean=together if leased else rows,
+        early_return_ratio=None
+        if leased
+        else sum(tally.early_returns for tally in tallies) / max(1, batches),
+        completion_time_std_s=pstdev(count.last_end_at - begun_at for count in counts),
+        busy_time_std_s=pstdev(tally.busy_s for tally in tallies),
+        scheduler_cpu_s=mesh.leader.spent.seconds,
+        decisions=mesh.leader.spent.calls,
+    )

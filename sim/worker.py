@@ -1,0 +1,425 @@
+"""A worker in virtual time: the protocol's part of it. What it computes is the pretend engine's.
+
+It follows the largest epoch, obeys every order once, streams tokens to gateways with its reports,
+keeps what a finish may need until the gateway confirms it, beats, drains, and dies.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+from services.worker.core.pretend_parts import Noise, Progress, Spans, Tally, noise_of
+from shared.messages import (
+    DrainWorker,
+    Drop,
+    FinishAck,
+    FinishReason,
+    Form,
+    Park,
+    Resident,
+    RunSlice,
+    SchedulerBeat,
+    SendTokens,
+    SliceDone,
+    SliceOrder,
+    SliceResult,
+    SliceTimings,
+    TokenBatch,
+    TokenRun,
+    WorkerBeat,
+    WorkerInfo,
+    WorkerMemory,
+)
+from sim.network import Network
+from sim.setup import Setup
+from sim.text import output, output_begins
+from sim.world import World
+
+BEAT_S = 0.5
+STREAMED_S = 0.025
+"""A real worker coalesces tokens for so long: what is younger dies with it."""
+KEPT_MAX = 10_000
+BATCH_IDS_MAX = 4_096
+UNKNOWN_REQUEST = "unknown request"
+
+
+class Times(NamedTuple):
+    """When the tokens of one run were there: what a client sees of a stream without asking."""
+
+    at: float
+    """When the worker sent them; what comes later is the network's."""
+    first: bool
+    first_at: float
+    last_at: float
+    gap_s: float
+
+
+class Mesh(Protocol):
+    """What a worker may know of its world."""
+
+    setup: Setup
+    world: World
+    network: Network
+
+    def to_leader(self, message: Any) -> None: ...
+
+    def to_gateway(self, gateway: str, message: Any, times: Any) -> None: ...
+
+    def truth(self, request_id: str) -> int:
+        """Where the model would end this output."""
+
+    def gone(self, worker: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Held:
+    """A request that is here, or was: what is needed to stream it."""
+
+    attempt: int
+    gateway: str
+    begins: int
+    """Of its text."""
+    start: int
+    """Position at which this attempt began."""
+    end: int
+    """Position up to which it was reported."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one worker, by its own truth."""
+
+    slices: int = 0
+    evictions: int = 0
+    evicted: dict[str, int] = None  # type: ignore[assignment]
+    invalid_tokens: int = 0
+    pad_tokens: int = 0
+    last_end_at: float = 0.0
+    batch_rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.evicted = {}
+
+
+class SimWorker:
+    """The common part; `sim.worker_leased` and `sim.worker_closed` have the engines."""
+
+    form: Form
+
+    def __init__(self, mesh: Mesh, boot: str, rng: Random, spans: bool) -> None:
+        setup = mesh.setup
+        self.boot = boot
+        self.alive = True
+        self.epoch = 0
+        self.counts = Counts()
+        self.spans: Spans | None = [] if spans else None
+        self._mesh = mesh
+        self._world = mesh.world
+        self._draining = False
+        self._held: dict[str, Held] = {}
+        self._kept: dict[str, Held] = {}
+        self._known: dict[str, None] = {}
+        self._armed_at: float | None = None
+        self._capacity = setup.kv_tokens_each
+        self._info = WorkerInfo(
+            worker=boot,
+            name=boot,
+            engine="simulated",
+            forms=(self.form,),
+            model=setup.profile.model,
+            context_tokens_max=self._capacity,
+            batch_size_max=setup.batch_size_max,
+            kv_block_tokens=setup.block_tokens_each if self.form == "leased" else 1,
+        )
+        self._noise: Noise = noise_of(rng.gauss, setup.cv)
+
+    # ----------------------------------------------------------------- what the engines answer
+
+    @property
+    def tally(self) -> Tally:
+        raise NotImplementedError
+
+    @property
+    def kv_tokens(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def running(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def waiting(self) -> int:
+        raise NotImplementedError
+
+    def last_token_at(self, request_id: str) -> float | None:
+        """When the request's newest token was made, if it is here."""
+        raise NotImplementedError
+
+    def _next_at(self) -> float | None:
+        raise NotImplementedError
+
+    def _advance(self) -> None:
+        """Complete what is over by now, and report it."""
+        raise NotImplementedError
+
+    def _order(self, order: RunSlice) -> None:
+        raise NotImplementedError
+
+    def _drop(self, request_id: str, attempt: int) -> None:
+        raise NotImplementedError
+
+    def _park(self, request_id: str, attempt: int) -> None:
+        """Only leases can be parked."""
+
+    def _positions(self, now: float) -> Iterable[tuple[str, int, int]]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------ the outside
+
+    def start(self) -> None:
+        """Say hello, and beat from now on."""
+        self._say(listed=True)
+        self._world.after(BEAT_S, self._beat)
+
+    def receive(self, message: Any, extra: Any = None) -> None:
+        """What scheduler and gateways say; orders of deposed leaders are dropped."""
+        if not self.alive:
+            return
+        if isinstance(message, FinishAck):
+            for request_id in message.request_ids:
+                self._kept.pop(request_id, None)
+            return
+        if message.epoch < self.epoch:
+            return
+        if message.epoch > self.epoch:
+            self.epoch = message.epoch
+            self._say(listed=True)
+        match message:
+            case RunSlice():
+                self._order(message)
+            case Park():
+                self._park(message.request_id, message.attempt)
+            case Drop():
+                self._dropped(message)
+            case SendTokens():
+                self._send_again(message)
+            case DrainWorker():
+                self.drain()
+            case SchedulerBeat():
+                return
+        self._arm()
+
+    def die(self) -> None:
+        """Without a word. What was made before the last moment is on its way to the gateways."""
+        streamed = self._world.now - STREAMED_S
+        for request_id, attempt, position in self._positions(max(0.0, streamed)):
+            held = self._held.get(request_id)
+            if held is not None and held.attempt == attempt and position > held.end:
+                self._stream(held.gateway, [_run(request_id, held, held.end, position)], [None])
+        self.alive = False
+        self._mesh.gone(self.boot)
+
+    def drain(self) -> None:
+        """Take nothing new; leave when nothing is here any more."""
+        if not self._draining:
+            self._draining = True
+            self._say(listed=False)
+
+    # ------------------------------------------------------------------------------- time
+
+    def _arm(self) -> None:
+        at = self._next_at()
+        if at is not None and at != self._armed_at:
+            self._armed_at = at
+            self._world.at(at, self._tick, at)
+
+    def _tick(self, armed_at: float) -> None:
+        if armed_at == self._armed_at and self.alive:
+            self._armed_at = None
+            self._advance()
+            self._arm()
+
+    def _beat(self, _: Any) -> None:
+        if not self.alive:
+            return
+        if self._draining and not self._held:
+            self._say(listed=True, leaving=True)
+            self.alive = False
+            self._mesh.gone(self.boot)
+            return
+        self._say(listed=False)
+        self._world.after(BEAT_S, self._beat)
+
+    # ------------------------------------------------------------------------------- words
+
+    def _memory(self) -> WorkerMemory:
+        return WorkerMemory(kv_tokens_capacity=self._capacity, kv_tokens_used=self.kv_tokens)
+
+    def _say(self, *, listed: bool, leaving: bool = False) -> None:
+        residents: tuple[Resident, ...] = ()
+        if listed:
+            residents = tuple(
+                Resident(request_id=request_id, attempt=attempt, position=position)
+                for request_id, attempt, position in self._positions(self._world.now)
+            )
+        beat = WorkerBeat(
+            info=self._info,
+            memory=self._memory(),
+            epoch=self.epoch,
+            residents=residents,
+            residents_listed=listed,
+            draining=self._draining,
+            leaving=leaving,
+        )
+        self._mesh.to_leader(beat)
+
+    def _done(
+        self,
+        batch_id: str,
+        results: tuple[SliceResult, ...],
+        timings: SliceTimings | None = None,
+        refused: str = "",
+    ) -> None:
+        done = SliceDone(
+            epoch=self.epoch,
+            worker=self.boot,
+            batch_id=batch_id,
+            form=self.form,
+            results=results,
+            timings=timings or SliceTimings(),
+            memory=self._memory(),
+            refused=refused,
+        )
+        self._mesh.to_leader(done)
+
+    def _tell(
+        self,
+        batch_id: str,
+        progress: Sequence[Progress],
+        timings: SliceTimings,
+        silent: bool = False,
+    ) -> None:
+        """Tokens to the gateways, results to the scheduler."""
+        results = []
+        streams: dict[str, tuple[list[TokenRun], list[Times | None]]] = {}
+        now = self._world.now
+        for told in progress:
+            held = self._held.get(told.request_id)
+            if held is None or held.attempt != told.attempt:
+                # It was dropped: nobody waits for its tokens.
+                held = Held(told.attempt, "", 0, told.position, told.position)
+            ids = output(held.begins, told.position, told.tokens)
+            cancelled = told.finish_reason == "cancelled"
+            reason = None if cancelled else told.finish_reason
+            if held.gateway and (ids or reason):
+                run = TokenRun(
+                    request_id=told.request_id,
+                    attempt=told.attempt,
+                    position=told.position,
+                    ids=ids,
+                    finish_reason=reason,
+                    ending_token=reason == "stop",
+                )
+                first_at, last_at = told.first_at, told.last_at
+                if silent:
+                    first_at = last_at = told.at
+                times = Times(now, told.first, first_at, last_at, 0.0 if silent else told.gap_s)
+                runs, all_times = streams.setdefault(held.gateway, ([], []))
+                runs.append(run)
+                all_times.append(times)
+            held.end = told.position + told.tokens
+            held.finish_reason = reason
+            if not told.resident:
+                self._leaves(told)
+            results.append(
+                SliceResult(
+                    request_id=told.request_id,
+                    attempt=told.attempt,
+                    position=told.position,
+                    tokens=ids,
+                    finish_reason=told.finish_reason,
+                    resident=told.resident,
+                    evicted=told.evicted,
+                    invalid_tokens=told.invalid_tokens,
+                    pad_tokens=told.pad_tokens,
+                )
+            )
+        for gateway, (runs, all_times) in streams.items():
+            self._stream(gateway, runs, all_times)
+        self.counts.last_end_at = now
+        self._done(batch_id, tuple(results), timings)
+
+    def _leaves(self, told: Progress) -> None:
+        """It is not here any more; its tokens are kept for the gateway's questions."""
+        held = self._held.get(told.request_id)
+        if held is not None and held.attempt == told.attempt:
+            del self._held[told.request_id]
+            self._kept[told.request_id] = held
+            if len(self._kept) > KEPT_MAX:
+                del self._kept[next(iter(self._kept))]
+
+    def _stream(self, gateway: str, runs: list[TokenRun], times: list[Times | None]) -> None:
+        batch = TokenBatch(gateway=gateway, worker=self.boot, epoch=self.epoch, runs=tuple(runs))
+        self._mesh.to_gateway(gateway, batch, times)
+
+    # ------------------------------------------------------------------------------- orders
+
+    def _new(self, batch_id: str) -> bool:
+        """Whether this batch was not known; it is from now on."""
+        if batch_id in self._known:
+            return False
+        self._known[batch_id] = None
+        if len(self._known) > BATCH_IDS_MAX:
+            del self._known[next(iter(self._known))]
+        return True
+
+    def _take_in(self, order: SliceOrder, made: int) -> bool:
+        """Whether this order is to run; a newer attempt may be here."""
+        spec = order.spec
+        held = self._held.get(spec.request_id)
+        if held is not None and held.attempt >= order.attempt:
+            return False
+        self._kept.pop(spec.request_id, None)
+        begins = output_begins(spec.request_id)
+        self._held[spec.request_id] = Held(order.attempt, spec.gateway, begins, made, made)
+        self.counts.slices += 1
+        return True
+
+    def _dropped(self, drop: Drop) -> None:
+        for book in (self._held, self._kept):
+            held = book.get(drop.request_id)
+            if held is not None and held.attempt <= drop.attempt:
+                del book[drop.request_id]
+        self._drop(drop.request_id, drop.attempt)
+
+    def _send_again(self, wish: SendTokens) -> None:
+        request_id, attempt, wanted = wish.request_id, wish.attempt, wish.position
+        held = self._held.get(request_id)
+        if held is not None and held.attempt == attempt and held.start <= wanted:
+            positions = self._positions(self._world.now)
+            position = next((at for name, _, at in positions if name == request_id), held.end)
+            if wanted < position:
+                self._stream(held.gateway, [_run(request_id, held, wanted, position)], [None])
+            return
+        kept = self._kept.get(request_id)
+        if kept is not None and kept.attempt == attempt and kept.start <= wanted <= kept.end:
+            run = _run(request_id, kept, wanted, kept.end)
+            if run.ids or run.finish_reason:
+                self._stream(kept.gateway, [run], [None])
+                return
+        result = SliceResult(request_id=request_id, attempt=attempt, position=wanted)
+        self._done("", (result,), refused=UNKNOWN_REQUEST)
+
+
+def _run(request_id: str, held: Held, start: int, end: int) -> TokenRun:
+    reason = held.finish_reason if end == held.end else None
+    return TokenRun(
+        request_id=request_id,
+        attempt=held.attempt,
+        position=start,
+        ids=output(held.begins, start, end - start),
+        finish_reason=reason,
+        ending_token=reason == "stop",
+    )
