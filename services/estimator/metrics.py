@@ -78,10 +78,17 @@ class EstimatorMetrics:
             ("model",),
             registry=registry,
         )
+        self._similarity = Gauge(
+            "tranche_estimator_window_similarity_ratio",
+            "How alike the window's older and newer half are, 0 to 1; low: lengths drift.",
+            ("model",),
+            registry=registry,
+        )
 
     def show(self, history: History) -> None:
         """Set the gauges to the history as it is now."""
-        for gauge in (self._history, self._ended, self._mean, self._quantile, self._censored):
+        gauges = (self._history, self._ended, self._mean, self._quantile, self._censored)
+        for gauge in (*gauges, self._similarity):
             gauge.clear()
         for model in history.models():
             lengths = history.lengths(model)
@@ -90,5 +97,8 @@ class EstimatorMetrics:
             self._quantile.labels(model, "0.5").set(lengths.p50)
             self._quantile.labels(model, "0.95").set(lengths.p95)
             self._censored.labels(model).set(lengths.censored_share)
+            similarity = history.similarity(model)
+            if similarity is not None:
+                self._similarity.labels(model).set(similarity)
             for reason, requests in history.totals(model).items():
                 self._ended.labels(model, reason).set(requests)

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from services.estimator.core.drift import similarity
 from shared.messages import Finished, FinishReason, LengthClass, LengthForecast
 from shared.tokens import pack
 
@@ -121,6 +122,13 @@ class History:
             p95=_quantile(ordered, 95),
             censored_share=sum(is_censored(row) for row in window) / len(ordered),
         )
+
+    def similarity(self, model: str) -> float | None:
+        """How much the newer half of a model's window is like the older, 0 to 1: lower, lengths
+        drift. None while the window is short."""
+        lengths = [row.output_tokens for row in self._classes[model].window]
+        middle = len(lengths) // 2
+        return similarity(lengths[:middle], lengths[middle:])
 
     def forecast(self) -> LengthForecast:
         """All that the scheduler wants to know; models without a length are left out."""
