@@ -64,12 +64,12 @@ def fit_cells(cells: Sequence[Cell], *, seed: int = 0) -> Fit:
     unseen = []
     for held in range(FOLDS):
         seen = [cell for cell, own in zip(cells, fold, strict=True) if own != held]
-        out = [index for index, own in enumerate(fold) if own == held]
+        out = np.flatnonzero(fold == held)
         shape = _shape(seen, bend)
         solution = _solve(*_design(seen, shape))
         unseen.append(_coefficients(solution, shape))
-        for index in out:
-            relative[index] = _row(cells[index], shape) @ solution / cells[index].seconds - 1
+        features, seconds, _ = _design([cells[index] for index in out], shape)
+        relative[out] = features @ solution / seconds - 1
     shape = _shape(cells, bend)
     solution = _solve(*_design(cells, shape))
     errors = {
@@ -138,46 +138,65 @@ def _thinned(tokens: list[int]) -> list[int]:
     return [t for i, t in enumerate(tokens) if i != 1 + ratios.index(min(ratios))]
 
 
-def _pieces(x: float, knots: Sequence[int]) -> list[float]:
-    """How much of 0..x lies in each piece; the last piece is open."""
-    edges = (0, *knots)
-    inner = [max(0.0, min(x, right) - left) for left, right in zip(edges, knots, strict=False)]
-    return [*inner, max(0.0, x - edges[-1])]
+def _pieces(x: Array, knots: Sequence[int]) -> Array:
+    """[len(x), pieces]: how much of 0..x lies in each piece; the last piece is open."""
+    edges = np.array([0.0, *knots])
+    widths = np.append(np.diff(edges), np.inf)
+    return np.clip(x[:, None] - edges, 0.0, widths)
 
 
-def _row(cell: Cell, shape: Shape) -> list[float]:
-    """The features of a cell, in the order in which `_coefficients` reads them."""
-    above_first = max(0.0, cell.tokens - shape.token_knots[0])
-    knots = [knot - shape.token_knots[0] for knot in shape.token_knots[1:]]
-    row = [1.0, *_pieces(above_first, knots)]
-    attention = [0.0] * (len(shape.chunk_knots) + 1)
-    for chunk, context in cell.chunks:
-        for index, piece in enumerate(_pieces(chunk, shape.chunk_knots)):
-            attention[index] += (context + 0.5 * chunk) * piece
-    row += [*attention, float(cell.tokens - cell.decodes), float(bool(cell.chunks))]
-    decode = _decode_row(cell, shape)
-    nothing = [0.0] * len(decode)
+def _features(cells: Sequence[Cell], shape: Shape) -> Array:
+    """[cells, features], in the order in which `_coefficients` reads them."""
+    decodes = np.array([cell.decodes for cell in cells], dtype=np.float64)
+    tokens = np.array([cell.tokens for cell in cells], dtype=np.float64)
+    first = shape.token_knots[0]
+    above = _pieces(np.maximum(0.0, tokens - first), [k - first for k in shape.token_knots[1:]])
+    prefills = np.array([bool(cell.chunks) for cell in cells], dtype=np.float64)[:, None]
+    columns = [
+        np.ones((len(cells), 1)),
+        above,
+        _prefill_features(cells, shape),
+        (tokens - decodes)[:, None],
+        prefills,
+    ]
+    decode = _decode_features(cells, decodes, shape)
     if not shape.mixed:
-        return row + decode[:-1]
-    return row + (nothing[:-1] + decode if cell.chunks else decode[:-1] + nothing)
+        return np.hstack([*columns, decode])
+    ones = (decodes > 0).astype(np.float64)[:, None]
+    return np.hstack([*columns, decode * (1 - prefills), np.hstack([decode, ones]) * prefills])
 
 
-def _decode_row(cell: Cell, shape: Shape) -> list[float]:
-    decodes = cell.decodes
-    context = cell.kv_tokens / decodes if decodes else 0.0
-    slopes = [context * piece for piece in _pieces(decodes, shape.decode_knots)]
-    beyond = decodes * max(0.0, context - shape.bend_tokens) if shape.bend_tokens else 0.0
-    return [*slopes, beyond, float(decodes), float(bool(decodes))]
+def _prefill_features(cells: Sequence[Cell], shape: Shape) -> Array:
+    """[cells, pieces of the curve over chunks]: (context + chunk / 2) x piece, summed."""
+    flat = [
+        (index, chunk, context)
+        for index, cell in enumerate(cells)
+        for chunk, context in cell.chunks
+    ]
+    index, chunk, context = np.array(flat, dtype=np.float64).reshape(-1, 3).T
+    pieces = (context + 0.5 * chunk)[:, None] * _pieces(chunk, shape.chunk_knots)
+    summed = np.zeros((len(cells), pieces.shape[1]))
+    np.add.at(summed, index.astype(int), pieces)
+    return summed
+
+
+def _decode_features(cells: Sequence[Cell], decodes: Array, shape: Shape) -> Array:
+    """[cells, pieces of the slope, beyond the bend, sequences]."""
+    kv_tokens = np.array([cell.kv_tokens for cell in cells], dtype=np.float64)
+    context = (kv_tokens / np.maximum(1.0, decodes))[:, None]
+    slopes = context * _pieces(decodes, shape.decode_knots)
+    beyond = decodes[:, None] * np.maximum(0.0, context - shape.bend_tokens)
+    bent = beyond if shape.bend_tokens else np.zeros_like(beyond)
+    return np.hstack([slopes, bent, decodes[:, None]])
 
 
 def _design(cells: Sequence[Cell], shape: Shape) -> tuple[Array, Array, Array]:
     """Features, seconds, and weights that give each phase the same say."""
-    design = np.array([_row(cell, shape) for cell in cells])
     seconds = np.array([cell.seconds for cell in cells])
     phases = [cell.phase for cell in cells]
     counts = {phase: phases.count(phase) for phase in set(phases)}
     weights = np.array([(len(cells) / len(counts) / counts[phase]) ** 0.5 for phase in phases])
-    return design, seconds, weights
+    return _features(cells, shape), seconds, weights
 
 
 def _solve(design: Array, seconds: Array, weights: Array) -> Array:

@@ -80,10 +80,11 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
         return _parquet_rows(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"{path} is neither CSV nor Parquet: {error}") from error
-    _need(path, rows[0].keys() if rows else ())
+    _need(path, names)
     return rows
 
 
