@@ -2,43 +2,58 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from sim.metrics import Metric, averaged, metric_named
+from sim.report_table import short
 from sim.runs import Group, loads_of
 
+WIDE = 110
+"""Columns of characters from which all figures find room."""
 COLUMNS = (
-    ("goodput_rps", "goodput\nrequests/s"),
-    ("throughput_rps", "throughput\nrequests/s"),
-    ("output_tps", "output\ntokens/s"),
-    ("ttft_s.mean", "TTFT mean\ns"),
-    ("ttft_s.p99", "TTFT p99\ns"),
-    ("tpot_s.mean", "TPOT mean\ns"),
-    ("max_tpot_s.p99", "longest gap\np99, s"),
-    ("e2e_s.mean", "end to end\nmean, s"),
-    ("kv_util_mean", "KV in use\nmean share"),
-    ("evictions", "evictions"),
+    ("goodput_rps", "goodput\nreq/s", True),
+    ("throughput_rps", "done\nreq/s", True),
+    ("output_tps", "output\ntok/s", False),
+    ("ttft_s.mean", "TTFT\nmean s", True),
+    ("ttft_s.p99", "TTFT\np99 s", True),
+    ("tpot_s.mean", "TPOT\nmean s", True),
+    ("max_tpot_s.p99", "gap\np99 s", True),
+    ("e2e_s.mean", "end to end\nmean s", False),
+    ("kv_util_mean", "KV used\nmean", False),
+    ("evictions", "evic-\ntions", True),
 )
+"""Metric, heading, and whether a narrow terminal shows it too."""
 
 
-def comparison_table(groups: Sequence[Group], title: str) -> Table:
-    """Rows are policies, by load from light to heavy; figures are means over the seeds, with the
-    range of goodput. The best of a load is bold."""
+def comparison_table(groups: Sequence[Group], title: str, width: int = WIDE) -> Table:
+    """Rows are policies, by load from light to heavy; figures are means over the seeds. The best
+    of a load is bold."""
     seeds = max((len(group.runs) for group in groups), default=1)
-    table = Table(title=title, caption=f"means over {seeds} seeds" if seeds > 1 else None)
-    table.add_column("load")
-    table.add_column("policy")
-    table.add_column("completed\nof sent", justify="right")
-    for _, heading in COLUMNS:
-        table.add_column(heading, justify="right")
+    shown = [(name, heading) for name, heading, narrow in COLUMNS if narrow or width >= WIDE]
+    table = Table(
+        title=title,
+        caption=f"means over {seeds} seeds" if seeds > 1 else None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    lossy = any(_lost(group) for group in groups)
+    table.add_column("policy", min_width=max(len(group.policy) for group in groups) + 1)
+    if lossy:
+        table.add_column("lost", justify="right", no_wrap=True)
+    for _, heading in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
     for load in loads_of(groups):
         rows = [group for group in groups if group.load.label == load.label]
-        best = {name: best_of(rows, metric_named(name)) for name, _ in COLUMNS}
+        table.add_row(f"[bold]{load.label}[/]")
+        best = {name: best_of(rows, metric_named(name)) for name, _ in shown}
         for at, group in enumerate(rows):
-            cells = [_cell(group, metric_named(name), best[name]) for name, _ in COLUMNS]
-            label = load.label if at == 0 else ""
+            cells = [_cell(group, metric_named(name), best[name]) for name, _ in shown]
             end = at == len(rows) - 1
-            table.add_row(label, group.policy, _completed(group), *cells, end_section=end)
+            lost = [_lost(group) or "0"] if lossy else []
+            table.add_row(f" {group.policy}", *lost, *cells, end_section=end)
     return table
 
 
@@ -50,16 +65,15 @@ def best_of(groups: Sequence[Group], metric: Metric) -> float | None:
     return max(found) if metric.better == "higher" else min(found)
 
 
-def _completed(group: Group) -> str:
-    reports = group.reports
-    return f"{sum(r.completed for r in reports):,}/{sum(r.requests for r in reports):,}"
+def _lost(group: Group) -> str:
+    lost = sum(report.rejected + report.failed for report in group.reports)
+    sent = sum(report.requests for report in group.reports)
+    return f"{lost / sent:.1%}" if lost else ""
 
 
 def _cell(group: Group, metric: Metric, best: float | None) -> str:
     value = averaged(group.reports, metric)
     if value is None:
         return "-"
-    text = metric.text(value.mean)
-    if metric.name == "goodput_rps" and len(group.runs) > 1:
-        text = f"{text} ({metric.text(value.low)}-{metric.text(value.high)})"
+    text = short(value.mean)
     return f"[bold green]{text}[/]" if best is not None and value.mean == best else text

@@ -66,10 +66,11 @@ def _memory(series: Series) -> Chart:
         }
     ]
     return Chart(
-        "KV cache in use, and the peak that the scheduler foresees, % of capacity",
-        "The red line is all there is. The predicted peak is the most memory that the requests "
-        "now running will need at once, if each ends where the scheduler expects: above the line "
-        "it expects evictions, far below it memory lies idle.",
+        "KV cache in use, and its predicted future peak, % of capacity",
+        "The red line is all there is. The predicted peak is the most memory that the requests now "
+        "on a worker will need at once, if each makes as many tokens as is expected of it by the "
+        "scheduler's history of lengths. Far above the line, requests will have to be evicted; "
+        "far below it, memory lies idle. Closed batches take all their memory at once.",
         {"data": traces, "layout": layout},
     )
 

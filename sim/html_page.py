@@ -33,6 +33,7 @@ thead th { border-top: 0; background: var(--tint); vertical-align: bottom; }
 tr > :first-child { text-align: left; }
 .wide th:first-child { position: sticky; left: 0; background: #fff; }
 .wide thead th:first-child, tr.load > * { background: var(--tint) !important; }
+tr.load th { white-space: nowrap; max-width: 0; overflow: visible; }
 .all th:first-child { min-width: 190px; width: 46%; }
 .part > * { border-top: 0; padding-top: 0; }
 .part th { font-weight: 400; padding-left: 28px; }

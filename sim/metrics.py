@@ -132,7 +132,7 @@ METRICS: tuple[Metric, ...] = (
         "KV in use, mean",
         "share",
         3,
-        "higher",
+        "",
         "Share of the KV cache that held tokens, averaged over workers and time.",
     ),
     Metric(

@@ -28,7 +28,14 @@ def _seconds(times: Spread) -> str:
     if times.mean is None:
         return "-"
     parts = (times.mean, times.p50, times.p95, times.p99)
-    return " / ".join(_number(part, 3) for part in parts)
+    return " / ".join("-" if part is None else short(part) for part in parts)
+
+
+def short(value: float) -> str:
+    """Three significant digits, no exponent."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.foresight import foreseen_tokens
 from sim.mesh import SimMesh
 from sim.series import Series, Span
 from sim.worker import SimWorker
@@ -49,10 +50,7 @@ class Sampler:
 
     def _foreseen(self, boot: str) -> float:
         core = self._mesh.leader.core
-        known = core.books.workers.active.get(boot) if core is not None else None
-        if known is None:
-            return float("nan")
-        return float(known.credit.blocks * known.credit.block_tokens)
+        return float("nan") if core is None else foreseen_tokens(core.books, boot)
 
     def series(self) -> Series:
         """What was seen."""
