@@ -9,10 +9,13 @@ from services.scheduler.core.presets import UnknownPreset
 from services.scheduler.core.replay import BadJournal, Difference
 from services.scheduler.core.replay import replay as replay_journal
 from shared.config import SetupError
-from shared.messages import SchedulerCommand
+from shared.messages import RunSlice, SchedulerCommand
 
 DIFFERENT_EXIT_CODE = 3
 SHOWN_COMMANDS_MAX = 8
+SHOWN_ORDERS_MAX = 4
+OUTLINED = ("worker", "gateway", "batch_id", "request_id", "attempt", "reason", "iterations")
+LEASED = ("margin_tokens", "iteration_tokens", "prefill_first")
 
 
 def replay(
@@ -52,12 +55,23 @@ def described(difference: Difference) -> str:
 
 def outline(command: SchedulerCommand) -> str:
     """The kind of a command and whom it concerns."""
-    named = []
-    for field in ("worker", "gateway", "batch_id", "request_id", "attempt", "reason", "iterations"):
-        value = getattr(command, field, None)
-        if value is not None:
-            named.append(f"{field} {value}")
-    orders = getattr(command, "orders", ())
-    if orders:
-        named.append(f"{len(orders)} orders")
+    named = [
+        f"{field} {value}"
+        for field in OUTLINED
+        if (value := getattr(command, field, None)) not in (None, "", 0)
+    ]
+    if isinstance(command, RunSlice):
+        named += _listed(
+            "orders", [f"{o.spec.request_id} +{o.lease_tokens}" for o in command.orders]
+        )
+        named += _listed("renewals", [f"{r.request_id} to {r.until}" for r in command.renewals])
+        if command.form == "leased":
+            named += [f"{field} {getattr(command, field)}" for field in LEASED]
     return f"{type(command).__name__} {', '.join(named)}".rstrip()
+
+
+def _listed(title: str, parts: list[str]) -> list[str]:
+    if not parts:
+        return []
+    more = f" and {len(parts) - SHOWN_ORDERS_MAX} more" if len(parts) > SHOWN_ORDERS_MAX else ""
+    return [f"{len(parts)} {title} ({'; '.join(parts[:SHOWN_ORDERS_MAX])}{more})"]

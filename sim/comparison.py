@@ -35,7 +35,7 @@ def comparison_table(groups: Sequence[Group], title: str, width: int = WIDE) -> 
         title=title,
         caption=f"means over {seeds} seeds" if seeds > 1 else None,
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
     )

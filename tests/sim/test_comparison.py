@@ -20,12 +20,14 @@ def shown(runs: list[Run], width: int) -> str:
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_rows_go_from_light_to_heavy_load_with_all_policies(width: int) -> None:
-    runs = [toy_run(name, rate) for rate in (16.0, 4.0) for name in ("slow", "fast")]
+    long = "trtllm-max-utilization"
+    runs = [toy_run(name, rate) for rate in (60.0, 4.0) for name in ("slow", long)]
     text = shown(runs, width)
-    names = ("4 requests/s", "16 requests/s", "slow", "fast")
+    names = ("4 requests/s", "60 requests/s", "slow", long)
     rows = [line.strip() for line in text.splitlines()]
     firsts = [next(n for n in names if row.startswith(n)) for row in rows if row.startswith(names)]
-    assert firsts == ["4 requests/s", "slow", "fast", "16 requests/s", "slow", "fast"]
+    assert firsts == ["4 requests/s", "slow", long, "60 requests/s", "slow", long]
+    assert "tions" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
 
