@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import Annotated
@@ -123,21 +124,49 @@ def _serve() -> Callable[..., None]:
 
 
 def _bench() -> Callable[..., None]:
-    try:
+    with _extra("bench"):
         from bench.cli import bench
+
+        return bench
+
+
+def _simulate() -> Callable[..., None]:
+    with _extra("sim"):
+        from sim.cli import simulate
+
+        return simulate
+
+
+def _plan() -> Callable[..., None]:
+    with _extra("sim"):
+        from sim.plan_cli import plan
+
+        return plan
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """A command that lacks a package says how to get it."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         from shared.config import SetupError
 
         raise SetupError(
-            f"{error}; tranche bench needs: .venv/bin/pip install -c constraints.txt -e '.[bench]'"
+            f"{error}; this needs: .venv/bin/pip install -c constraints.txt -e '.[{name}]'"
         ) from error
-    return bench
 
 
 def _replay() -> Callable[..., None]:
     from services.replay_command import replay
 
     return replay
+
+
+def _calibrate() -> Callable[..., None]:
+    from services.calibrate_command import calibrate
+
+    return calibrate
 
 
 def _keys() -> Callable[..., None]:
@@ -160,6 +189,9 @@ COMMANDS = {
     "estimator": Command("Learns how long outputs get.", lambda: _service("estimator")),
     "worker": Command("Holds the model and runs slices.", lambda: _service("worker")),
     "bench": Command("A workload against a live OpenAI-compatible server.", _bench),
+    "simulate": Command("Policies against a workload, in virtual time.", _simulate),
+    "plan": Command("The fewest workers that meet objectives.", _plan),
     "replay": Command("A recorded scheduler journal: are the decisions the same?", _replay),
+    "calibrate": Command("A cost profile, from a table or a worker.", _calibrate),
     "keys": Command("Make an API key and its line for the gateway's key file.", _keys),
 }
