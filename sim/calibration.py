@@ -27,7 +27,8 @@ DECODE_KNOTS = (1, 2, 4, 8, 16, 32, 64)
 CHUNK_KNOTS = (16, 64, 128, 256, 512, 1024)
 BENDS = (0, 64, 128, 256)
 """Context tokens tried for the bend; 0 is none."""
-CELLS_MIN = 8
+PHASES = ("prefill", "decode", "mixed")
+SECONDS_MAX = 1e5
 NOISE_MAX = 0.05
 """A larger spread is of a table too sparse to say anything of noise."""
 
@@ -57,24 +58,23 @@ def fit_cells(cells: Sequence[Cell], *, seed: int = 0) -> Fit:
     """Fit and judge. Raises CalibrationError if a phase is missing."""
     _check(cells)
     bend = min(BENDS, key=lambda bend: _residual(cells, _shape(cells, bend)))
-    order = np.random.default_rng(seed).permutation(len(cells))
-    fold = np.empty(len(cells), dtype=int)
-    fold[order] = np.arange(len(cells)) % FOLDS
+    fold = _folds(cells, seed)
     relative = np.empty(len(cells))
     unseen = []
     for held in range(FOLDS):
-        seen = [cell for cell, own in zip(cells, fold, strict=True) if own != held]
-        out = np.flatnonzero(fold == held)
+        out = fold == held
+        seen = [cell for cell, is_out in zip(cells, out, strict=True) if not is_out]
         shape = _shape(seen, bend)
         solution = _solve(*_design(seen, shape))
         unseen.append(_coefficients(solution, shape))
-        features, seconds, _ = _design([cells[index] for index in out], shape)
+        judged = [cell for cell, is_out in zip(cells, out, strict=True) if is_out]
+        features, seconds, _ = _design(judged, shape)
         relative[out] = features @ solution / seconds - 1
     shape = _shape(cells, bend)
-    solution = _solve(*_design(cells, shape))
+    coefficients = _coefficients(_solve(*_design(cells, shape)), shape)
     errors = {
         phase: fit_error([r for c, r in zip(cells, relative, strict=True) if c.phase == phase])
-        for phase in ("prefill", "decode", "mixed")
+        for phase in PHASES
         if any(cell.phase == phase for cell in cells)
     }
     slices = [
@@ -83,7 +83,7 @@ def fit_cells(cells: Sequence[Cell], *, seed: int = 0) -> Fit:
     ]
     if slices:
         errors["slice"] = fit_error(slices)
-    return Fit(_coefficients(solution, shape), errors, _spread(cells, relative))
+    return Fit(coefficients, errors, _spread(cells, relative))
 
 
 def fit_error(relative: Iterable[float]) -> FitError:
@@ -106,14 +106,31 @@ def _spread(cells: Sequence[Cell], relative: Array) -> float:
 
 
 def _check(cells: Sequence[Cell]) -> None:
-    phases = [cell.phase for cell in cells]
-    for phase in ("prefill", "decode"):
-        if phase not in phases:
-            raise CalibrationError(f"no {phase} rows: both prefill and decode are needed")
-    if len(cells) < CELLS_MIN:
-        raise CalibrationError(f"{len(cells)} rows; at least {CELLS_MIN} are needed")
-    if any(not 0 < cell.seconds < 1e5 for cell in cells):
+    for phase in PHASES:
+        own = {_place(cell) for cell in cells if cell.phase == phase}
+        if len(own) < FOLDS and (own or phase != "mixed"):
+            raise CalibrationError(
+                f"{len(own)} different {phase} rows; at least {FOLDS} are needed, of prefill and "
+                "of decode"
+            )
+    if any(not 0 < cell.seconds < SECONDS_MAX for cell in cells):
         raise CalibrationError("a latency is not positive, or no latency of one iteration")
+
+
+def _place(cell: Cell) -> tuple[object, ...]:
+    """Equal for repeated measurements of one kind of iteration."""
+    return (cell.chunks, cell.decodes, cell.kv_tokens)
+
+
+def _folds(cells: Sequence[Cell], seed: int) -> NDArray[np.int64]:
+    """Which fifth each cell belongs to: fifths of each phase, repetitions together."""
+    rng = np.random.default_rng(seed)
+    of_place: dict[tuple[object, ...], int] = {}
+    for phase in PHASES:
+        places = list(dict.fromkeys(_place(cell) for cell in cells if cell.phase == phase))
+        for rank, index in enumerate(rng.permutation(len(places))):
+            of_place[places[index]] = rank % FOLDS
+    return np.array([of_place[_place(cell)] for cell in cells])
 
 
 def _shape(cells: Sequence[Cell], bend_tokens: int) -> Shape:
@@ -142,7 +159,8 @@ def _pieces(x: Array, knots: Sequence[int]) -> Array:
     """[len(x), pieces]: how much of 0..x lies in each piece; the last piece is open."""
     edges = np.array([0.0, *knots])
     widths = np.append(np.diff(edges), np.inf)
-    return np.clip(x[:, None] - edges, 0.0, widths)
+    pieces: Array = np.clip(x[:, None] - edges, 0.0, widths)
+    return pieces
 
 
 def _features(cells: Sequence[Cell], shape: Shape) -> Array:
