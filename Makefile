@@ -1,6 +1,6 @@
 # What one does with a clone of this repository. Every target does its own set-up in .venv.
 #
-# For `make serve`:  PORT WORKERS POLICY ENGINE MODEL BUS      For all:  PYTHON TORCH=cpu|cuda|auto
+# For `make serve`:  PORT WORKERS POLICY ENGINE PROFILE MODEL BUS      For all:  PYTHON TORCH=cpu|cuda|auto
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +11,7 @@ PORT ?= 8000
 WORKERS ?= 1
 POLICY ?=
 ENGINE ?=
+PROFILE ?=
 MODEL ?=
 BUS ?=
 TESTS ?= tests
@@ -28,6 +29,7 @@ help: ## this list
 serve: setup-serve ## the whole mesh on this machine, with the demo model, on PORT (8000)
 	@exec $(BIN)/tranche serve --port $(PORT) --workers $(WORKERS) \
 	  $(if $(POLICY),--policy $(POLICY)) $(if $(ENGINE),--engine $(ENGINE)) \
+	  $(if $(PROFILE),--profile $(PROFILE)) \
 	  $(if $(MODEL),--model $(MODEL)) $(if $(BUS),--bus '$(BUS)')
 
 test: setup-dev ## all tests; starts a private RabbitMQ, installing it where it is missing and it may

@@ -23,7 +23,9 @@ from services.gateway.settings import GatewaySettings
 from services.mesh_settings import MeshSettings
 from services.options import Settings, complaints
 from services.process import run_until_signalled, serve_one
+from services.scheduler.core.presets import PRESETS, Preset
 from services.scheduler.settings import SchedulerSettings
+from services.worker.engines.registry import FORMS, engine_maker
 from services.worker.settings import WorkerSettings
 from shared.config import ServiceSettings, SetupError
 from shared.model_name import names_folder
@@ -113,10 +115,11 @@ def plan(settings: MeshSettings) -> Mesh:
         **_some(told, "otlp_endpoint", "trace_sample_ratio"),
     }
     model = checked_model(settings.model)
+    of_worker = ("engine", "torch_threads", "profile", "simulated_lengths", "simulated_speed")
     threads = max(1, (os.cpu_count() or 1) // settings.workers)
     if "TRANCHE_WORKER_TORCH_THREADS" not in os.environ:
         told["torch_threads"] = threads
-    return Mesh(
+    mesh = Mesh(
         estimator=_load(EstimatorSettings, **common),
         scheduler=_load(
             SchedulerSettings, **common, **_some(told, "policy", "slice_tokens", "set")
@@ -125,13 +128,31 @@ def plan(settings: MeshSettings) -> Mesh:
             _load(
                 WorkerSettings,
                 **common,
-                **_some(told, "engine", "torch_threads"),
+                **_some(told, *of_worker),
                 model=model,
                 name=f"worker-{n}",
             )
             for n in range(1, settings.workers + 1)
         ),
         gateway=_load(GatewaySettings, **common, **_some(told, "host", "port"), model=model),
+    )
+    check_forms(mesh.scheduler.preset(), mesh.workers[0].engine)
+    return mesh
+
+
+def check_forms(preset: Preset, engine: str) -> None:
+    """Whether this engine runs the slices of this policy. Raises SetupError with advice, and
+    UnknownEngine."""
+    engine_maker(engine)
+    forms = FORMS.get(engine, ("closed", "leased"))
+    if preset.form in forms:
+        return
+    live = {name: row.form for name, row in PRESETS.items() if not row.needs_truth}
+    policies = ", ".join(name for name, form in live.items() if form in forms)
+    engines = ", ".join(name for name, runs in FORMS.items() if preset.form in runs)
+    raise SetupError(
+        f"policy {preset.name} runs {preset.form} slices, and engine {engine} only "
+        f"{' and '.join(forms)} ones; choose --engine {engines}, or --policy {policies}"
     )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from services.scheduler.core.presets import PRESETS
 from shared.config import CommandSettings, LogFormat, LogLevel, settings_config
 
 DEMO_MODEL = Path(__file__).parents[1] / "deploy" / "demo_model"
@@ -25,10 +26,19 @@ class MeshSettings(CommandSettings):
     """Folder of a causal language model, or its id at the Hugging Face hub."""
     workers: int = Field(default=1, ge=1, le=WORKERS_MAX)
     """How many workers, all in this process."""
-    policy: str | None = None
-    """Scheduling preset: sls, so, pm, ab, lb or scls (default: the scheduler's)."""
+    policy: str | None = Field(
+        default=None,
+        description=f"Scheduling preset: {', '.join(PRESETS)} (default: the scheduler's).",
+    )
     engine: str | None = None
-    """What runs the slices: padded (default: the worker's)."""
+    """What runs the slices: padded or simulated (default: the worker's)."""
+    profile: str | None = None
+    """Engine simulated: the cost profile, a name in deploy/costs or a file (default: the
+    worker's)."""
+    simulated_lengths: str | None = None
+    """Engine simulated: a table of output lengths, or mean=TOKENS (default: the worker's)."""
+    simulated_speed: float | None = Field(default=None, gt=0, le=1000)
+    """Engine simulated: how many times faster than the profile says (default: the worker's)."""
     slice_tokens: int | None = Field(default=None, ge=1)
     """S, the most new tokens of one slice (default: the policy's)."""
     set: dict[str, str] = {}

@@ -93,7 +93,7 @@ def test_the_version_is_that_of_the_project(tranche: Tranche) -> None:
 
 
 def test_the_help_of_serve_names_all_policies_and_engines(tranche: Tranche) -> None:
-    words = set(re.findall(r"[\w-]+", tranche("serve", "--help").out))
+    words = set(re.findall(r"[\w+-]+", tranche("serve", "--help").out))
     assert {*PRESETS, *ENGINES} <= words
 
 
@@ -162,6 +162,13 @@ def test_a_service_of_its_own_needs_a_broker(tranche: Tranche) -> None:
         (("--model", "/no/such/folder"), ("/no/such/folder", "--model", "config.json")),
         (("--policy", "no-such-policy"), ("no-such-policy", "scls")),
         (("--engine", "no-such-engine"), ("no-such-engine", "padded")),
+        (
+            ("--engine", "padded", "--policy", "past-future"),
+            ("past-future", "leased", "padded", "--engine simulated", "--policy", "scls"),
+        ),
+        (("--engine", "simulated", "--profile", "abacus"), ("--profile", "abacus", "a100")),
+        (("--engine", "simulated", "--simulated-lengths", "no.csv"), ("no.csv", "output_tokens")),
+        (("--engine", "simulated", "--policy", "oracle"), ("oracle", "simulat")),
         (("--bus", "carrier-pigeon://x"), ("carrier-pigeon://x", "amqp://")),
         (("--set", "no-such-constant=1"), ("no-such-constant",)),
     ],

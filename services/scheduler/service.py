@@ -33,6 +33,7 @@ from shared.messages import (
     Elected,
     GatewayBeat,
     OrderReturned,
+    Park,
     Recall,
     Rejected,
     Resume,
@@ -299,7 +300,7 @@ class _Shell:
             error=str(error),
         )
         core = self._core
-        if core is None or not isinstance(command, RunSlice | Drop | SendTokens | DrainWorker):
+        if core is None or not isinstance(command, RunSlice | Park | Drop | SendTokens | DrainWorker):
             return
         gone = isinstance(error, Unroutable) or isinstance(command, RunSlice)
         if gone and command.epoch == core.books.epoch:
@@ -335,7 +336,9 @@ def _request_id(message: AnyMessage | None) -> str:
     match message:
         case Submit() | Resume():
             return message.spec.request_id
-        case Cancel() | Stopped() | TokensWanted() | Recall() | Rejected() | Drop() | SendTokens():
+        case Cancel() | Stopped() | TokensWanted() | Recall() | Rejected():
+            return message.request_id
+        case Park() | Drop() | SendTokens():
             return message.request_id
         case _:
             return ""
