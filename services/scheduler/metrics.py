@@ -58,6 +58,8 @@ class SchedulerMetrics:
         )
         self.dispatched = counter("dispatched_batches", "Batches given to workers.")
         self.orders = counter("dispatched_orders", "Requests' slices given to workers.")
+        self.renewals = counter("renewed_leases", "Leases made longer while they ran.")
+        self.parked = counter("parked_requests", "Requests that were told to leave a worker.")
         self.rejections = counter("rejections", "Requests refused by the scheduler.", "reason")
         self.recalls = counter("recalls", "Requests whose truth was asked for, repeats counted.")
         self.refused = counter("refused_batches", "Batches that workers did not run.")
@@ -96,7 +98,10 @@ class SchedulerMetrics:
     def on_command(self, command: SchedulerCommand) -> None:
         """Count what the core decided."""
         match command:
+            case RunSlice(orders=()):
+                self.renewals.inc(len(command.renewals))
             case RunSlice():
+                self.renewals.inc(len(command.renewals))
                 self.dispatched.inc()
                 self.orders.inc(len(command.orders))
                 self.batch_size.observe(len(command.orders))
@@ -106,10 +111,12 @@ class SchedulerMetrics:
                         self.vllm_queue_time.labels(order.spec.model, ENGINE).observe(
                             order.pool_wait_s
                         )
-                if len(self._expected) < EXPECTED_MAX:
+                if command.form == "closed" and len(self._expected) < EXPECTED_MAX:
                     self._expected[command.batch_id] = command.expected_s
             case Rejected():
                 self.rejections.labels(command.reason).inc()
+            case Park():
+                self.parked.inc()
             case Recall():
                 self.recalls.inc()
             case _:

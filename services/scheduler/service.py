@@ -300,7 +300,8 @@ class _Shell:
             error=str(error),
         )
         core = self._core
-        if core is None or not isinstance(command, RunSlice | Park | Drop | SendTokens | DrainWorker):
+        to_worker = RunSlice | Park | Drop | SendTokens | DrainWorker
+        if core is None or not isinstance(command, to_worker):
             return
         gone = isinstance(error, Unroutable) or isinstance(command, RunSlice)
         if gone and command.epoch == core.books.epoch:

@@ -95,6 +95,9 @@ class Books:
     """Leases that seem not to have reached their worker; said again in the next round."""
     pace: Pace = field(default_factory=Pace)
     """How fast leases go, as the workers' reports tell."""
+    largest_known: int | None = None
+    largest_stale: bool = True
+    """Workers came, went or changed since."""
     commands: list[SchedulerCommand] = field(default_factory=list)
 
     @property
@@ -115,6 +118,16 @@ class Books:
             return min(worker.info.context_tokens_max, capacity // block * block)
         budget = worker.budget_tokens(self.constants.memory_share)
         return min(worker.info.context_tokens_max, budget)
+
+    def largest(self) -> int | None:
+        """The most tokens of one request that some worker can serve; None: there is no worker for
+        this policy. Remembered, since every new request asks."""
+        if self.largest_stale:
+            workers = self.workers.active.values()
+            able = [w for w in workers if self.preset.form in w.info.forms]
+            self.largest_known = max(map(self.holds, able), default=None)
+            self.largest_stale = False
+        return self.largest_known
 
     def touch(self, worker: Worker) -> None:
         """Something changed there that may open room or close it."""

@@ -187,20 +187,17 @@ def _maker(request: Request, position: int) -> Placement | None:
 
 def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
     """Why a new request is not taken in; None if it is."""
-    workers = list(books.workers.active.values())
     prompt_tokens = tokens.count(spec.prompt)
     context = prompt_tokens + spec.max_tokens
-    form = books.preset.form
+    workers, largest = bool(books.workers.active), books.largest()
     if spec.max_tokens < 1 or len(spec.prompt) % tokens.TOKEN_BYTES:
         return _rejected(books, spec, "too_long", "max_tokens below 1, or a malformed prompt")
     if workers and spec.model != books.workers.model:
         detail = f"the workers serve {books.workers.model!r}, not {spec.model!r}"
         return _rejected(books, spec, "unknown_model", detail)
-    if workers and not any(form in worker.info.forms for worker in workers):
+    if workers and largest is None:
         return _rejected(books, spec, "no_worker", advice(books))
-    fitting = [w for w in workers if form in w.info.forms]
-    largest = max(map(books.holds, fitting), default=context)
-    if context > largest:
+    if largest is not None and context > largest:
         detail = f"prompt and output of up to {context} tokens, but workers hold {largest}"
         return _rejected(books, spec, "too_long", detail)
     limit = books.constants.waiting_max

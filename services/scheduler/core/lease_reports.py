@@ -41,7 +41,7 @@ def take_report(
     else:
         books.pace.saw_tokens(made, passed_s)
     request.tokens, request.heard_at = joined, now
-    books.lines.charge(request, 0, made)
+    books.lines.charge(request, worker, 0, made)
     books.touch(worker)
     if result.finish_reason is not None and result.finish_reason != "cancelled":
         moves.finish(books, request, result.finish_reason, request.output_tokens, now)

@@ -167,11 +167,12 @@ def _remind(books: Books, round_: _Round) -> None:
 def _bind(books: Books, now: float) -> None:
     """Early binding: everybody who is bound to nobody gets a worker, if there is one."""
     central = books.lines.central
-    if not len(central):
+    if not books.lines.stirred or not len(central):
         return
     eligible = books.board.able(now)
     if not eligible.size:
         return
+    books.lines.stirred = len(central) > books.constants.binds_max
     for request in central.ordered(now)[: books.constants.binds_max]:
         fitting = _able_to_hold(books, eligible, request)
         if fitting.size:
@@ -312,9 +313,9 @@ def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> No
     if gate is not None:
         gate.add(_member(books, request, request.output_tokens + lease_tokens))
     moves.place(books, request, worker.info.worker, out.batch_id, now)
-    request.heard_at = now
+    request.heard_at, request.evicted_at = now, 0.0
     worker.credit.take(request, request.output_tokens + lease_tokens)
-    books.lines.charge(request, request.input_tokens, 0)
+    books.lines.charge(request, worker, request.input_tokens, 0)
     books.board.update(worker)
     out.orders.append(
         SliceOrder(

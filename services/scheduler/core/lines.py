@@ -22,11 +22,14 @@ class Lines:
     central: Queue
     bound: dict[str, Worker] = field(default_factory=dict)
     """Request id to the worker in whose line it is."""
+    stirred: bool = False
+    """Early binding: somebody in the centre, or a worker, is new since they were last bound."""
 
     def push(self, request: Request, worker: Worker | None, now: float) -> None:
         """It waits: for this worker, or in the centre."""
         if worker is None:
             self.central.push(request, now)
+            self.stirred = True
             return
         if worker.line is None:
             worker.line = self.make()
@@ -45,10 +48,10 @@ class Lines:
         worker.waiting_tokens -= request.input_tokens
         return worker
 
-    def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
-        """Service that the request was given, to every line that keeps accounts."""
-        self.central.charge(request, prefill_tokens, decode_tokens)
-        if self.early:
-            worker = self.bound.get(request.request_id)
-            if worker is not None and worker.line is not None:
-                worker.line.charge(request, prefill_tokens, decode_tokens)
+    def charge(
+        self, request: Request, worker: Worker, prefill_tokens: int, decode_tokens: int
+    ) -> None:
+        """Service that a request was given on a worker, to the line that keeps accounts of it."""
+        line = worker.line if self.early else self.central
+        if line is not None:
+            line.charge(request, prefill_tokens, decode_tokens)

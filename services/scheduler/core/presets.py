@@ -255,6 +255,7 @@ _ROWS = (
         form="leased",
         binding="early",
         victim="least-computed",
+        constants=MappingProxyType({"victim_spared_tokens": 256}),  # y is not known [R]
         summary="Our reconstruction of the survey's pair: SAL binds to the least of queued prefill "
         "and missing memory; LARRY orders by load-adaptive short-first with ageing, behind a "
         "gate that owes the running ones their growth.",

@@ -50,6 +50,7 @@ def watch(books: Books, now: float) -> None:
     constants = books.constants
     books.watch_at = now + constants.watch_s
     books.stirred = True
+    books.largest_stale = True  # a worker's memory may have changed
     books.board.set_pace(books.pace.prefill_token_s, books.pace.token_s)
     for name, worker in list(books.workers.active.items()):
         if now - worker.seen_at > constants.worker_timeout_s:

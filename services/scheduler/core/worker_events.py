@@ -155,6 +155,7 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
     worker.info, worker.memory, worker.seen_at = event.info, event.memory, now
     worker.draining = event.draining
     if news:
+        books.largest_stale = books.lines.stirred = True
         books.touch(worker)
         _empty_line(books, worker, now)
     if event.residents_listed:
@@ -237,6 +238,7 @@ def worker_lost(books: Books, name: str, now: float) -> None:
         return
     books.workers_lost += 1
     books.board.leave(name)
+    books.largest_stale = True
     worker.draining = True
     _empty_line(books, worker, now)
     placed = [r for r in books.requests.open.values() if r.worker == name]
