@@ -164,9 +164,10 @@ def _replay() -> Callable[..., None]:
 
 
 def _calibrate() -> Callable[..., None]:
-    from services.calibrate_command import calibrate
+    with _extra("sim"):
+        from services.calibrate_command import calibrate
 
-    return calibrate
+        return calibrate
 
 
 def _keys() -> Callable[..., None]:
