@@ -8,6 +8,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from services.scheduler.core.presets import preset_named
 from sim import options
 from sim.comparison import comparison_table
 from sim.html_report import Heading, NoPlotly, plotly_script, write_html
@@ -85,6 +86,8 @@ def simulate(
         )
         if journal is not None and len(tasks) > 1:
             raise WorkloadError("--journal records one run: give one policy, one load, one seed")
+        if journal is not None and preset_named(tasks[0].setup.policy).needs_truth:
+            raise WorkloadError("--journal: this policy needs true lengths, which no journal holds")
         done = run_tasks(tasks, jobs)
     except (WorkloadError, SloError, NoPlotly) as error:
         raise typer.BadParameter(str(error)) from error

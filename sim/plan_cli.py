@@ -84,9 +84,9 @@ def plan(
 
             def attained(workers: int, name: str = name) -> float:
                 tasks = list(tasks_of([name], [load], seeds, choice, fixed, workers, NOTHING))
-                runs = [done.run for done in run_tasks(tasks, jobs, f"{name}, {workers} workers")]
+                runs = [done.run for done in run_tasks(tasks, jobs, f"{name}, {counted(workers)}")]
                 share = attainment(runs, objectives)
-                console.print(f"{name}: {workers} workers, {share:.2%} within the objectives")
+                console.print(f"{name}: {counted(workers)}, {share:.2%} within the objectives")
                 return share
 
             plans[name] = fewest_workers(
@@ -97,7 +97,8 @@ def plan(
     except RunFailed as error:
         console.print(str(error), markup=False)
         raise typer.Exit(1) from error
-    console.print(plan_table(plans, offered, target))
+    console.print(f"Share within the objectives, {offered.label}; wanted: {target:.2%}")
+    console.print(plan_table(plans))
     for sentence in sentences(plans, target, workers_max):
         console.print(sentence, markup=False, highlight=False)
     if json_file is not None:
@@ -121,9 +122,9 @@ def attainment(runs: Sequence[Run], slo: Slo) -> float:
     return sum(shares) / len(shares)
 
 
-def plan_table(plans: dict[str, Plan], load: Load, target: float) -> Table:
+def plan_table(plans: dict[str, Plan]) -> Table:
     """Sizes that were tried, from small to large, and what share each policy attained."""
-    table = Table(title=f"share within the objectives, {load.label}; wanted: {target:.2%}")
+    table = Table()
     table.add_column("workers", justify="right")
     for name in plans:
         table.add_column(name, justify="right")
@@ -149,9 +150,17 @@ def sentences(plans: dict[str, Plan], target: float, workers_max: int) -> list[s
                 "request that is too slow when it is alone: compare the objectives with a run at "
                 "a low rate, or raise --workers-max."
             )
-        else:
-            lines.append(f"{name}: {each.workers} workers")
+            continue
+        shares = {tried.workers: tried.attainment for tried in each.tried}
+        fewer = shares.get(each.workers - 1)
+        below = f"; with {each.workers - 1} it is {fewer:.2%}" if fewer is not None else ""
+        lines.append(f"{name}: {counted(each.workers)}, {shares[each.workers]:.2%}{below}")
     return lines
+
+
+def counted(workers: int) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{workers} worker{'' if workers == 1 else 's'}"
 
 
 def _as_json(plans: dict[str, Plan], slo: Slo, target: float, load: Load) -> bytes:
