@@ -99,6 +99,7 @@ class Clients:
 
     def _over(self) -> None:
         self.ended += 1
+        self.world.stopped = self.done
         if self.progress is not None:
             self.progress(self.ended, len(self.workload.items))
         if self.workload.clients is not None and self._queue:

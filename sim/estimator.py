@@ -45,7 +45,7 @@ class SimEstimator:
         assert not fault_of(message)
         self.history.add(message)
 
-    def _publish(self, _: Any) -> None:
+    def _publish(self) -> None:
         self._world.after(self._interval_s, self._publish)
         if self.history.version and self._published != (self.history.version, self._leader.epoch):
             self._say()

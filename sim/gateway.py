@@ -52,7 +52,7 @@ class SimGateway:
 
     def start(self) -> None:
         """Beat from now on."""
-        self._beat(None)
+        self._beat()
 
     def submit(self, call: Call) -> None:
         """A client sends a request."""
@@ -165,7 +165,7 @@ class SimGateway:
 
     # ----------------------------------------------------------------------------------- time
 
-    def _beat(self, _: Any) -> None:
+    def _beat(self) -> None:
         self._to_leader(GatewayBeat(gateway=self.boot, open_requests=len(self._ledger)))
         self._world.after(BEAT_S, self._beat)
 

@@ -94,7 +94,7 @@ class Leader:
         self._armed_at = float("inf")
         self._woken_at, self._woken = -1.0, 0
 
-    def elect(self, _: Any = None) -> None:
+    def elect(self) -> None:
         """A new leader takes over; what came meanwhile waits for it."""
         self.epoch += 1
         needs_truth = self._preset.needs_truth
@@ -171,10 +171,9 @@ class Leader:
                 if worker is not None:
                     carry(command, worker.receive)
                 else:
-                    self._world.after(RETURN_S, self._returned, (command.worker, self.core))
+                    self._world.after(RETURN_S, self._returned, command.worker, self.core)
 
-    def _returned(self, what: tuple[str, Scheduler]) -> None:
+    def _returned(self, worker: str, core: Scheduler) -> None:
         """The broker could not route an order of this leader."""
-        worker, core = what
         if core is self.core:
             self.deliver(OrderReturned(worker=worker))

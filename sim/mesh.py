@@ -125,7 +125,7 @@ class SimMesh:
 
     # ---------------------------------------------------------------------------------- misfortune
 
-    def _lose_worker(self, _: Any) -> None:
+    def _lose_worker(self) -> None:
         if not self.workers:
             return
         self._luck.choice(list(self.workers.values())).die()
@@ -133,10 +133,10 @@ class SimMesh:
         if back_s is not None:
             self.world.after(back_s, self._worker_returns)
 
-    def _worker_returns(self, _: Any) -> None:
+    def _worker_returns(self) -> None:
         self.add_worker()
 
-    def _lose_leader(self, _: Any) -> None:
+    def _lose_leader(self) -> None:
         self.leader.die(self.setup.faults.leader_away_s)
 
     def _make_gateway(self) -> SimGateway:

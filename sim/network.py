@@ -113,7 +113,7 @@ class Network:
         itself: it is not part of the message, and not written down."""
         self.carried += 1
         if self._plain:
-            self._world.after(self._delay_s, self._arrive, (message, deliver, extra))
+            self._world.after(self._delay_s, deliver, message, extra)
             return
         if self.log is not None:
             self.log.append(Seen(self._world.now, "sent", message))
@@ -127,10 +127,9 @@ class Network:
             late = stormy and rng.random() < faults.late
             delay_s = rng.uniform(*faults.late_s) if late else self._delay_s
             copy: Message = decode(encode(message)) if self._encoded else message
-            self._world.after(delay_s, self._arrive, (copy, deliver, extra))
+            self._world.after(delay_s, self._arrive, copy, deliver, extra)
 
-    def _arrive(self, parcel: tuple[Message, Callable[[Any, Any], None], Any]) -> None:
-        message, deliver, extra = parcel
+    def _arrive(self, message: Message, deliver: Callable[[Any, Any], None], extra: Any) -> None:
         if self.log is not None:
             self.log.append(Seen(self._world.now, "got", message))
         deliver(message, extra)

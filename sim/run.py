@@ -115,14 +115,14 @@ def run(
 
 def _run_out(mesh: SimMesh) -> None:
     """Until all requests have ended, or none has for too long."""
-    clients, stalled_s = mesh.clients, mesh.setup.stalled_s
+    clients, world, stalled_s = mesh.clients, mesh.world, mesh.setup.stalled_s
+    last_arrival = max(item.arrival_s or 0.0 for item in mesh.setup.workload.items)
     while not clients.done:
-        last_arrival = max(item.arrival_s or 0.0 for item in mesh.setup.workload.items)
-        ended, sent = clients.ended, len(clients.calls)
-        mesh.world.run(mesh.world.now + stalled_s, stop=lambda: clients.done)
-        moved = clients.ended > ended or len(clients.calls) > sent
-        if not moved and mesh.world.now > last_arrival + stalled_s:
+        seen = (clients.ended, len(clients.calls))
+        world.run(world.now + stalled_s)
+        if seen == (clients.ended, len(clients.calls)) and world.now > last_arrival + stalled_s:
             return
+    world.stopped = False
 
 
 def _report(mesh: SimMesh, records: Sequence[Record], begun_at: float) -> Report:

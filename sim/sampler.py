@@ -1,7 +1,5 @@
 """Samples of what goes on inside: KV in use and foreseen, who runs and who waits, by worker."""
 
-from typing import Any
-
 import numpy as np
 
 from sim.foresight import foreseen_tokens
@@ -26,7 +24,7 @@ class Sampler:
         self._centre: list[float] = []
         mesh.world.after(0.0, self._look)
 
-    def _look(self, _: Any) -> None:
+    def _look(self) -> None:
         mesh = self._mesh
         self._times.append(mesh.world.now - self._start)
         self._rows.append({boot: self._of(worker) for boot, worker in mesh.workers.items()})

@@ -31,7 +31,7 @@ from shared.messages import (
     WorkerInfo,
     WorkerMemory,
 )
-from sim.network import Network
+from sim.network import CALM, Network
 from sim.setup import Setup
 from sim.text import output, output_begins
 from sim.world import World
@@ -84,6 +84,10 @@ class Held:
     """Position at which this attempt began."""
     end: int
     """Position up to which it was reported."""
+    sent: int
+    """Position up to which its tokens went to the gateway."""
+    gap_s: float = 0.0
+    """The longest between tokens that were not sent yet."""
     finish_reason: FinishReason | None = None
 
 
@@ -118,6 +122,7 @@ class SimWorker:
         self._mesh = mesh
         self._world = mesh.world
         self._draining = False
+        self._calm = setup.faults == CALM
         self._held: dict[str, Held] = {}
         self._kept: dict[str, Held] = {}
         self._known: dict[str, None] = {}
@@ -216,8 +221,8 @@ class SimWorker:
         streamed = self._world.now - STREAMED_S
         for request_id, attempt, position in self._positions(max(0.0, streamed)):
             held = self._held.get(request_id)
-            if held is not None and held.attempt == attempt and position > held.end:
-                self._stream(held.gateway, [_run(request_id, held, held.end, position)], [None])
+            if held is not None and held.attempt == attempt and position > held.sent:
+                self._stream(held.gateway, [_run(request_id, held, held.sent, position)], [None])
         self.alive = False
         self._mesh.gone(self.boot)
 
@@ -241,7 +246,7 @@ class SimWorker:
             self._advance()
             self._arm()
 
-    def _beat(self, _: Any) -> None:
+    def _beat(self) -> None:
         if not self.alive:
             return
         if self._draining and not self._held:
@@ -301,44 +306,24 @@ class SimWorker:
         timings: SliceTimings,
         silent: bool = False,
     ) -> None:
-        """Tokens to the gateways, results to the scheduler."""
+        """Tokens to the gateways, results to the scheduler. `silent`: clients see nothing before
+        the batch has ended."""
         results = []
         streams: dict[str, tuple[list[TokenRun], list[Times | None]]] = {}
-        now = self._world.now
         for told in progress:
             held = self._held.get(told.request_id)
             if held is None or held.attempt != told.attempt:
-                # It was dropped: nobody waits for its tokens.
-                held = Held(told.attempt, "", 0, told.position, told.position)
-            ids = output(held.begins, told.position, told.tokens)
-            cancelled = told.finish_reason == "cancelled"
-            reason = None if cancelled else told.finish_reason
-            if held.gateway and (ids or reason):
-                run = TokenRun(
-                    request_id=told.request_id,
-                    attempt=told.attempt,
-                    position=told.position,
-                    ids=ids,
-                    finish_reason=reason,
-                    ending_token=reason == "stop",
-                )
-                first_at, last_at = told.first_at, told.last_at
-                if silent:
-                    first_at = last_at = told.at
-                times = Times(now, told.first, first_at, last_at, 0.0 if silent else told.gap_s)
-                runs, all_times = streams.setdefault(held.gateway, ([], []))
-                runs.append(run)
-                all_times.append(times)
-            held.end = told.position + told.tokens
-            held.finish_reason = reason
-            if not told.resident:
-                self._leaves(told)
+                held = None  # dropped: nobody waits for its tokens
+                begins = output_begins(told.request_id)
+            else:
+                begins = held.begins
+                self._note(told, held, streams, silent)
             results.append(
                 SliceResult(
                     request_id=told.request_id,
                     attempt=told.attempt,
                     position=told.position,
-                    tokens=ids,
+                    tokens=output(begins, told.position, told.tokens),
                     finish_reason=told.finish_reason,
                     resident=told.resident,
                     evicted=told.evicted,
@@ -348,17 +333,41 @@ class SimWorker:
             )
         for gateway, (runs, all_times) in streams.items():
             self._stream(gateway, runs, all_times)
-        self.counts.last_end_at = now
+        self.counts.last_end_at = self._world.now
         self._done(batch_id, tuple(results), timings)
 
-    def _leaves(self, told: Progress) -> None:
+    def _note(
+        self,
+        told: Progress,
+        held: Held,
+        streams: dict[str, tuple[list[TokenRun], list[Times | None]]],
+        silent: bool,
+    ) -> None:
+        """Put what its client is to see into `streams`. A stream that goes on undisturbed needs no
+        message: its client sees it all the same (see `Times`)."""
+        held.end = told.position + told.tokens
+        if told.gap_s > held.gap_s and not silent:
+            held.gap_s = told.gap_s
+        if told.resident and not told.first and self._calm:
+            return
+        reason = None if told.finish_reason == "cancelled" else told.finish_reason
+        held.finish_reason = reason
+        if held.end > held.sent or reason is not None:
+            first_at, last_at = (told.at, told.at) if silent else (told.first_at, told.last_at)
+            times = Times(self._world.now, told.first, first_at, last_at, held.gap_s)
+            runs, all_times = streams.setdefault(held.gateway, ([], []))
+            runs.append(_run(told.request_id, held, held.sent, held.end))
+            all_times.append(times)
+            held.sent, held.gap_s = held.end, 0.0
+        if not told.resident:
+            self._leaves(told.request_id, held)
+
+    def _leaves(self, request_id: str, held: Held) -> None:
         """It is not here any more; its tokens are kept for the gateway's questions."""
-        held = self._held.get(told.request_id)
-        if held is not None and held.attempt == told.attempt:
-            del self._held[told.request_id]
-            self._kept[told.request_id] = held
-            if len(self._kept) > KEPT_MAX:
-                del self._kept[next(iter(self._kept))]
+        del self._held[request_id]
+        self._kept[request_id] = held
+        if len(self._kept) > KEPT_MAX:
+            del self._kept[next(iter(self._kept))]
 
     def _stream(self, gateway: str, runs: list[TokenRun], times: list[Times | None]) -> None:
         batch = TokenBatch(gateway=gateway, worker=self.boot, epoch=self.epoch, runs=tuple(runs))
@@ -383,7 +392,7 @@ class SimWorker:
             return False
         self._kept.pop(spec.request_id, None)
         begins = output_begins(spec.request_id)
-        self._held[spec.request_id] = Held(order.attempt, spec.gateway, begins, made, made)
+        self._held[spec.request_id] = Held(order.attempt, spec.gateway, begins, made, made, made)
         self.counts.slices += 1
         return True
 

@@ -11,8 +11,6 @@ from typing import Any
 EVENTS_AT_ONCE_MAX = 1_000_000
 """At one instant; more is a loop without time in it, a bug in whoever keeps asking."""
 
-Action = Callable[[Any], None]
-
 
 class World:
     """See the module's text. Seconds, from 0."""
@@ -21,20 +19,23 @@ class World:
         self.now = 0.0
         self.events = 0
         """Ever happened."""
-        self._heap: list[tuple[float, int, Action, Any]] = []
+        self.stopped = False
+        """Set by whoever has seen enough: `run` then returns after the event."""
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._ticks = 0
 
-    def at(self, when: float, action: Action, what: Any = None) -> None:
-        """Call `action(what)` at `when`, or now if that is past."""
+    def at(self, when: float, action: Callable[..., None], *what: Any) -> None:
+        """Call `action(*what)` at `when`, or now if that is past."""
         self._ticks = tick = self._ticks + 1
         heapq.heappush(self._heap, (when if when > self.now else self.now, tick, action, what))
 
-    def after(self, delay_s: float, action: Action, what: Any = None) -> None:
-        """Call `action(what)` in `delay_s` seconds."""
-        self.at(self.now + delay_s, action, what)
+    def after(self, delay_s: float, action: Callable[..., None], *what: Any) -> None:
+        """Call `action(*what)` in `delay_s` seconds."""
+        self._ticks = tick = self._ticks + 1
+        heapq.heappush(self._heap, (self.now + delay_s, tick, action, what))
 
-    def run(self, until: float, stop: Callable[[], bool] | None = None) -> None:
-        """Let everything happen up to and with `until`, or until `stop()` after an event."""
+    def run(self, until: float) -> None:
+        """Let everything happen up to and with `until`, or until `stopped` is set."""
         heap, pop = self._heap, heapq.heappop
         at_once = 0
         while heap and heap[0][0] <= until:
@@ -45,8 +46,8 @@ class World:
                 at_once += 1
                 assert at_once < EVENTS_AT_ONCE_MAX, "time stands still"
             self.events += 1
-            action(what)
-            if stop is not None and stop():
+            action(*what)
+            if self.stopped:
                 return
         if until < float("inf"):
             self.now = max(self.now, until)

@@ -328,9 +328,7 @@ class LeasedEngine:
         tally.busy_s += jump.end - jump.start
         tally.iterations += iterations
         tally.sequence_iterations += iterations * (jump.decodes + len(jump.chunks))
-        tally.count_memory(jump.start, used)
-        tally.count_memory(jump.end, (used + pool.used) / 2)
-        tally.kv_blocks_peak = max(tally.kv_blocks_peak, pool.used)
+        tally.count_memory(jump.start, jump.end, used, pool.used)
         if self.spans is not None:
             _note(self.spans, jump)
         self._jump = None
@@ -341,17 +339,20 @@ class LeasedEngine:
 
     def _log_gaps(self, jump: Jump) -> None:
         """How long the running seats waited for the tokens of this jump."""
-        first, first_end = self._steps + 1, jump.start + jump.first_s
-        self._gaps.add(first, first_end - self._stepped_at)
+        first, steps, gaps = self._steps + 1, jump.steps, self._gaps
+        first_end = jump.start + jump.first_s
+        first_gap_s = first_end - self._stepped_at
+        # The steps' times grow evenly, so the last is as far above the mean as the first below.
+        last_s = 2 * (jump.end - jump.start) / steps - jump.first_s
+        if steps == 1 or first_gap_s > last_s:
+            gaps.add(first, first_gap_s)
+        if steps > 1:
+            gaps.add(self._steps + steps, last_s)
         for seat in self._fresh:
             if seat.stage is Stage.RUNNING:
                 seat.gap_s = max(seat.gap_s, first_end - seat.last_at)
                 seat.gap_from, seat.stepped = first, True
         self._fresh.clear()
-        if jump.steps > 1:
-            contexts = self._contexts + jump.decodes * (jump.steps - 1)
-            last_s = jump.factor * self._costs.decode_steps_s(jump.decodes, contexts, 1)
-            self._gaps.add(self._steps + jump.steps, last_s)
         self._stepped_at = jump.end
 
     def _events_due(self, now: float) -> None:
@@ -496,7 +497,7 @@ class LeasedEngine:
 
     def _depart(self, seat: Seat, now: float) -> None:
         """Free its blocks and forget it."""
-        self.tally.count_memory(now, self.pool.used)
+        self.tally.count_memory(now, now, self.pool.used, self.pool.used)
         self.pool.used -= self.pool.held(seat, self._position(seat, 0))
         self.pool.reserved -= seat.lease_blocks(self.pool.size)
         if seat.stage is Stage.PREFILLING and seat in self._prefills:

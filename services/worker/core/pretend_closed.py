@@ -170,8 +170,7 @@ class ClosedEngine:
         batch.input_tokens_max = max(row.input_tokens for row in batch.rows)
         batch.factor = self._noise(batch.iterations)
         self._set_end(batch, 1)
-        self.tally.count_memory(now, 0)
-        self.tally.kv_blocks_peak = max(self.tally.kv_blocks_peak, self._slots(batch))
+        self.tally.count_memory(now, now, 0, self._slots(batch))
 
     def _set_end(self, batch: _Batch, least: int) -> None:
         """It runs until its last row is done; `least`: with the iteration that runs now."""
@@ -198,14 +197,14 @@ class ClosedEngine:
 
     def _over(self, batch: _Batch) -> BatchOver:
         tally, rows = self.tally, batch.rows
-        size, taken_s = len(rows), batch.end - batch.start
+        size, taken_s, slots = len(rows), batch.end - batch.start, self._slots(batch)
         prefill_s = self._token_at(batch, 1) - batch.start
         tally.busy_s += taken_s
         tally.iterations += batch.runs
         tally.sequence_iterations += batch.runs * size
         tally.prefill_tokens += size * batch.input_tokens_max
         tally.decode_tokens += size * (batch.runs - 1)
-        tally.count_memory(batch.end, self._slots(batch))
+        tally.count_memory(batch.start, batch.end, slots, slots)
         tally.batches += 1
         tally.early_returns += batch.runs < batch.iterations
         timings = SliceTimings(

@@ -102,10 +102,13 @@ class Tally:
     batches: int = 0
     early_returns: int = 0
 
-    def count_memory(self, until: float, blocks: float) -> None:
-        """So many blocks were in use since it was last counted."""
-        self.kv_block_seconds += blocks * (until - self.counted_to)
-        self.counted_to = until
+    def count_memory(self, start: float, end: float, before: int, after: int) -> None:
+        """`before` blocks were in use up to `start`, and evenly more or fewer until `end`."""
+        idle = before * (start - self.counted_to)
+        self.kv_block_seconds += idle + (before + after) / 2 * (end - start)
+        self.counted_to = end
+        if after > self.kv_blocks_peak:
+            self.kv_blocks_peak = after
 
 
 @dataclass(slots=True)
