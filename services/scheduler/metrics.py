@@ -7,6 +7,7 @@ dashboards made for it work.
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.messages import (
+    Park,
     Recall,
     Rejected,
     RunSlice,

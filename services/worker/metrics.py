@@ -70,6 +70,14 @@ class WorkerMetrics:
         self.invalid_tokens.labels(worker).inc(sum(r.invalid_tokens for r in done.results))
         self.pad_tokens.labels(worker).inc(sum(r.pad_tokens for r in done.results))
 
+    def on_leases(self, worker: str, done: SliceDone) -> None:
+        """Count the leased requests that are not here any more."""
+        for result in done.results:
+            if not result.resident:
+                finished = "done" if result.finish_reason else "parked"
+                outcome = "evicted" if result.evicted else finished
+                self.slices.labels(worker, outcome).inc()
+
     def on_memory(self, worker: str, memory: WorkerMemory) -> None:
         """Show the memory as it is now."""
         self.kv_used.labels(worker).set(memory.kv_tokens_used)

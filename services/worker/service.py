@@ -29,7 +29,7 @@ from services.worker.loop import EngineFailed, EngineReady, EngineThread, Report
 from services.worker.metrics import WorkerMetrics
 from services.worker.scheduler_line import SchedulerLine
 from services.worker.settings import WorkerSettings
-from services.worker.spans import record_slice
+from services.worker.spans import LeaseSpans, record_slice
 from shared.bus.api import Bus, BusError, Delivery, Unroutable
 from shared.bus.topology import SCHEDULER_QUEUE, addresses_of, worker_queue
 from shared.messages import (
@@ -98,7 +98,8 @@ class _Shell:
         self._stirred = asyncio.Event()
         self._line = SchedulerLine(bus, telemetry.boot_id, self._log, self._on_error)
         self._batches: dict[str, tuple[RunSlice, float]] = {}
-        """Open batches and the wall clock at their receipt, for spans."""
+        """Open closed batches and the wall clock at their receipt, for spans."""
+        self._lease_spans = LeaseSpans(telemetry.tracer, settings.name)
 
     def report_from_thread(self, report: Report) -> None:
         """Called by the engine's thread."""
@@ -204,13 +205,17 @@ class _Shell:
         for command in commands:
             match command:
                 case StartBatch():
-                    self._batches[command.order.batch_id] = (command.order, time.time())
+                    if command.order.form == "leased":
+                        self._lease_spans.began(command.order, time.time())
+                    else:
+                        self._batches[command.order.batch_id] = (command.order, time.time())
                     engine.submit(command.order)
                 case RenewLease():
                     engine.renew(command.request_id, command.attempt, command.until)
                 case ParkLease():
                     engine.park(command.request_id, command.attempt)
                 case CancelRequest():
+                    self._lease_spans.forget(command.request_id)
                     engine.cancel(command.request_id, command.attempt)
                 case GiveBack():
                     engine.give_back(command.reason)
@@ -242,11 +247,16 @@ class _Shell:
             self._put(TokensSent(batch.gateway))
 
     def _account(self, done: SliceDone) -> None:
-        """Metrics, spans and the log line of a batch that ended."""
-        if done.batch_id:
-            self._metrics.on_slice(self._settings.name, done)
+        """Metrics, spans and the log line of what ended."""
         if done.refused:
             self._log.warning("worker.refused", batch_id=done.batch_id, reason=done.refused)
+            self._lease_spans.refused(done.batch_id)
+        if done.form == "leased" and not done.refused:
+            self._metrics.on_leases(self._settings.name, done)
+            self._lease_spans.told(done, time.time())
+            return
+        if done.batch_id:
+            self._metrics.on_slice(self._settings.name, done)
         batch = self._batches.pop(done.batch_id, None)
         if batch is not None and not done.refused:
             order, received_s = batch

@@ -1,8 +1,11 @@
 """The worker's spans: each request's slice in its own trace, and one span per batch with links.
 
-A slice's times come from the engine's monotonic measurements, laid onto the wall clock from the
-moment when its order was received.
+A closed slice's times come from the engine's monotonic measurements, laid onto the wall clock from
+the moment when its order was received. A leased request has one span for as long as it is here,
+whatever the number of its leases; its times are those of the reports.
 """
+
+from dataclasses import dataclass
 
 from opentelemetry.trace import SpanKind, Tracer
 from opentelemetry.util.types import AttributeValue
@@ -33,6 +36,84 @@ def record_slice(
             links=traces,
             attributes={**_about(worker, done), "tranche.traced_requests": len(traces)},
         )
+
+
+@dataclass(slots=True)
+class _Placement:
+    """A traced leased request; times are wall clock."""
+
+    order: SliceOrder
+    batch_id: str
+    received_s: float
+    first_s: float = 0.0
+
+
+class LeaseSpans:
+    """Spans of leased requests, from order to end."""
+
+    def __init__(self, tracer: Tracer, worker: str) -> None:
+        self._tracer = tracer
+        self._worker = worker
+        self._open: dict[str, _Placement] = {}
+
+    def began(self, order: RunSlice, now_s: float) -> None:
+        """The worker took these in."""
+        for share in order.orders:
+            if share.spec.trace:
+                placement = _Placement(share, order.batch_id, now_s)
+                self._open[share.spec.request_id] = placement
+
+    def forget(self, request_id: str) -> None:
+        """It was cancelled: no end will be told."""
+        self._open.pop(request_id, None)
+
+    def refused(self, batch_id: str) -> None:
+        """None of this order ran."""
+        self._open = {
+            name: placement
+            for name, placement in self._open.items()
+            if placement.batch_id != batch_id
+        }
+
+    def told(self, done: SliceDone, now_s: float) -> None:
+        """Reports of an iteration: first tokens, and ends, which are recorded."""
+        for result in done.results:
+            placement = self._open.get(result.request_id)
+            if placement is None or placement.order.attempt != result.attempt:
+                continue
+            placement.first_s = placement.first_s or now_s
+            if not result.resident:
+                del self._open[result.request_id]
+                self._record(placement, result, now_s)
+
+    def _record(self, placement: _Placement, result: SliceResult, now_s: float) -> None:
+        order = placement.order
+        begin = count(order.tokens)
+        attributes: dict[str, AttributeValue] = {
+            "tranche.worker": self._worker,
+            "tranche.batch_id": placement.batch_id,
+            "tranche.request_id": result.request_id,
+            "tranche.attempt": result.attempt,
+            "tranche.position": begin,
+            "tranche.tokens": result.position + count(result.tokens) - begin,
+            "tranche.input_tokens": count(order.spec.prompt) + begin,
+        }
+        if result.finish_reason:
+            attributes["gen_ai.response.finish_reasons"] = (result.finish_reason,)
+        own = record_span(
+            self._tracer,
+            "slice",
+            start_s=placement.received_s,
+            end_s=now_s,
+            parent=order.spec.trace,
+            attributes=attributes,
+            kind=SpanKind.CONSUMER,
+            error=result.detail if result.evicted else "",
+        )
+        if own:
+            times = (placement.received_s, placement.first_s, now_s)
+            for name, start_s, end_s in zip(("prefill", "decode"), times, times[1:], strict=False):
+                record_span(self._tracer, name, start_s=start_s, end_s=end_s, parent=own)
 
 
 def _record_request(

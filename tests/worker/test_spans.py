@@ -1,12 +1,13 @@
 """The spans of a slice: in each request's own trace, and one per batch with links to them."""
 
 import pytest
+from msgspec.structs import replace as changed
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from services.worker.spans import record_slice
+from services.worker.spans import LeaseSpans, record_slice
 from shared.messages import SliceDone, SliceResult, SliceTimings, WorkerMemory
 from shared.tokens import pack
 from tests.worker.orders import make_batch, make_order, make_spec
@@ -65,6 +66,50 @@ def test_spans_of_a_batch() -> None:
     batch = next(s for s in spans if s.name == "batch")
     assert sorted(f"{link.context.trace_id:032x}" for link in batch.links) == ["1" * 32, "2" * 32]
     assert times(batch) == (101.0, 107.0)
+    provider.shutdown()
+
+
+def test_a_leased_request_has_one_span_for_all_its_leases() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    spans = LeaseSpans(provider.get_tracer("test"), "w")
+    orders = [
+        make_order(make_spec("a", trace=TRACES["a"]), 4, output=[1, 2]),
+        make_order(make_spec("b", trace=TRACES["b"]), 4),
+        make_order(make_spec("untraced"), 4),
+    ]
+    spans.began(make_batch(*orders, form="leased"), 100.0)
+    done = SliceDone(
+        epoch=1,
+        worker="worker-1",
+        batch_id="",
+        form="leased",
+        results=(
+            SliceResult(request_id="a", attempt=1, position=2, tokens=pack([5, 6]), resident=True),
+            SliceResult(request_id="untraced", attempt=1, position=0, finish_reason="stop"),
+        ),
+        timings=SliceTimings(),
+        memory=WorkerMemory(kv_tokens_capacity=1),
+    )
+    spans.told(done, 101.0)
+    assert exporter.get_finished_spans() == ()
+    end = SliceResult(
+        request_id="a", attempt=1, position=4, tokens=pack([7]), evicted=True, detail="broken"
+    )
+    spans.forget("b")
+    spans.told(changed(done, results=(end, changed(end, request_id="b"))), 103.0)
+    found = exporter.get_finished_spans()
+    assert {span.name: times(span) for span in found} == {
+        "slice": (100.0, 103.0),
+        "prefill": (100.0, 101.0),
+        "decode": (101.0, 103.0),
+    }
+    (own,) = [span for span in found if span.name == "slice"]
+    assert own.status.status_code is StatusCode.ERROR
+    attributes = own.attributes or {}
+    assert (attributes["tranche.position"], attributes["tranche.tokens"]) == (2, 3)
+    assert attributes["tranche.input_tokens"] == 5
     provider.shutdown()
 
 
