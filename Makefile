@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON TORCH VENV
 
-.PHONY: help serve test check format docs compose-test setup-serve setup-dev clean
+.PHONY: help serve test check format docs reproduce compose-test setup-serve setup-dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -49,6 +49,9 @@ format: setup-dev ## rewrite the code as `make check` wants it
 
 docs: setup-dev ## rewrite the documents that are made from the code
 	@$(BIN)/python -m deploy.setup.documents --write
+
+reproduce: setup-dev ## the papers' tables in simulation, ours beside theirs: docs/reproduction.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sim.reproduction $(if $(ONLY),--only $(ONLY))
 
 compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test
