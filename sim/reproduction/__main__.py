@@ -83,12 +83,12 @@ def _store(section: Section) -> None:
         pictures.append((caption, name))
     kept = msgspec.structs.replace(section, pictures=tuple(pictures))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = msgspec.json.format(msgspec.json.encode(kept), indent=2)
-    (RESULTS / f"{section.name}.json").write_bytes(text + b"\n")
+    body = msgspec.json.format(msgspec.json.encode(kept), indent=2)
+    (RESULTS / f"{section.name}.json").write_bytes(body + b"\n")
 
 
 def _part(name: str) -> Part:
-    part: Part = importlib.import_module(f"sim.reproduction.{name}")  # type: ignore[assignment]
+    part: Part = importlib.import_module(f"sim.reproduction.{name}")
     assert name == part.NAME
     return part
 
