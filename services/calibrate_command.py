@@ -8,6 +8,7 @@ from statistics import fmean, median, pstdev
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Shown
@@ -159,7 +160,10 @@ def publish(made: Sequence[CostProfile], out: Path, console: Console) -> None:
 def errors_table(made: Sequence[CostProfile]) -> Shown:
     """Median / 95th percentile of the relative errors, in percent."""
     shown = Shown(
-        title="Held-out errors, %: median/p95; decode: ms of one sequence", title_justify="left"
+        title="Held-out errors, %: median/p95; decode: ms of one sequence",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     phases = [
         p for p in ("prefill", "decode", "mixed", "slice") if any(p in m.errors for m in made)
@@ -167,7 +171,7 @@ def errors_table(made: Sequence[CostProfile]) -> Shown:
     for heading in ("profile", "KV", "decode", *phases, "noise", "cells"):
         left = heading == "profile"
         if left:
-            shown.add_column(heading, min_width=16, overflow="fold")
+            shown.add_column(heading, min_width=14, overflow="fold")
         else:
             shown.add_column(heading, justify="right", no_wrap=True)
     for profile in made:

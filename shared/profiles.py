@@ -29,8 +29,9 @@ from pathlib import Path
 import msgspec
 
 PROFILES = Path(__file__).parents[1] / "deploy" / "costs"
-REMEMBERED_DECODES_MAX = 4096
-"""Batch sizes whose line is kept once computed; larger ones are computed anew."""
+REMEMBERED_MAX = 4096
+"""Batch sizes, and chunk sizes, whose coefficients are kept once computed; others are computed
+anew each time."""
 
 
 class UnknownProfile(ValueError):
@@ -155,10 +156,13 @@ class CostProfile(msgspec.Struct, frozen=True, dict=True, kw_only=True):
             return base + slope * kv_tokens + (beyond * over if over > 0 else 0.0)
         parts = self.coefficients
         tokens, attention_s = 0, 0.0
-        slope_at = parts.prefill_attention.at
+        slopes = self._chunk_slopes
         for chunk, context in prefill:
+            slope = slopes.get(chunk)
+            if slope is None:
+                slope = self._chunk_slope(chunk)
             tokens += chunk
-            attention_s += (context + 0.5 * chunk) * slope_at(chunk)
+            attention_s += (context + 0.5 * chunk) * slope
         seconds = (
             self.overhead_s
             + self.overhead_per_sequence_s * (len(prefill) + decodes)
@@ -233,6 +237,16 @@ class CostProfile(msgspec.Struct, frozen=True, dict=True, kw_only=True):
         return {}
 
     @cached_property
+    def _chunk_slopes(self) -> dict[int, float]:
+        return {}
+
+    def _chunk_slope(self, chunk: int) -> float:
+        slope = self.coefficients.prefill_attention.at(chunk)
+        if len(self._chunk_slopes) < REMEMBERED_MAX:
+            self._chunk_slopes[chunk] = slope
+        return slope
+
+    @cached_property
     def _mixed_lines(self) -> dict[int, tuple[float, float, float, float]]:
         return {}
 
@@ -245,7 +259,7 @@ class CostProfile(msgspec.Struct, frozen=True, dict=True, kw_only=True):
             fixed, slope, bend, beyond = _line(parts.decode, decodes)
             fixed += self.overhead_s + self.overhead_per_sequence_s * decodes
             line = (fixed + parts.tokens.at(decodes), slope, bend, beyond)
-            if len(self._lines) < REMEMBERED_DECODES_MAX:
+            if len(self._lines) < REMEMBERED_MAX:
                 self._lines[decodes] = line
         return line
 
@@ -254,7 +268,7 @@ class CostProfile(msgspec.Struct, frozen=True, dict=True, kw_only=True):
         if line is None:
             parts = self.coefficients
             line = _line(parts.mixed or parts.decode, decodes)
-            if len(self._mixed_lines) < REMEMBERED_DECODES_MAX:
+            if len(self._mixed_lines) < REMEMBERED_MAX:
                 self._mixed_lines[decodes] = line
         return line
 
@@ -282,9 +296,8 @@ def load_profile(name_or_path: str | Path) -> CostProfile:
     if path.suffix != ".json" or not path.exists():
         path = PROFILES / f"{name_or_path}.json"
     if not path.is_file():
-        raise UnknownProfile(
-            f"no cost profile {name_or_path}; a file, or one of: {', '.join(profile_names())}"
-        )
+        known = ", ".join(profile_names()) or "none here; the repository has some in deploy/costs"
+        raise UnknownProfile(f"no cost profile {name_or_path}; a file, or one of: {known}")
     return decode_profile(path.read_bytes(), str(path))
 
 
