@@ -18,6 +18,7 @@ Figure = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
 """Okabe and Ito's, which colour-blind people can tell apart; dashes tell the rest."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+LEGEND_BELOW_PX = 56
 CURVE_POINTS = 240
 """Of a distribution: more cannot be seen, and the file stays small."""
 
@@ -50,12 +51,16 @@ def layout_of(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
+        "showlegend": True,
+        "legend": {"orientation": "h", "yanchor": "top", "x": 0},
         "xaxis": {**axis, "title": {"text": x_title, "standoff": 8}},
         "yaxis": {**axis, "title": {"text": y_title, "standoff": 8}},
     }
     for name, value in more.items():
         layout[name] = {**layout[name], **value} if isinstance(layout.get(name), dict) else value
+    margin = layout["margin"]
+    # Below the axis title: so many pixels, as a share of the plot.
+    layout["legend"]["y"] = -LEGEND_BELOW_PX / (layout["height"] - margin["t"] - margin["b"])
     return layout
 
 

@@ -9,8 +9,10 @@ from sim.series import Floats, Series
 
 POINTS_MAX = 400
 """Samples over time in a picture: more than a screen has room for."""
-SPANS_SHOWN_MAX = 2500
+SPANS_SHOWN_MAX = 4000
 """Bars that a browser draws without making people wait; beyond, only the first are shown."""
+SPANS_EDGED_MAX = 400
+"""With more of them, white edges would hide the bars."""
 KINDS = {
     "prefill": ("#d55e00", "prefill"),
     "decode": ("#56b4e9", "decode"),
@@ -103,8 +105,9 @@ def _batches(series: Series) -> Chart:
         "colorbar": {"title": {"text": "requests", "side": "right"}, "thickness": 10},
         "hovertemplate": "%{y} at %{x:.4~g} s: %{z:.3~g} requests<extra></extra>",
     }
-    height = 130 + max(90, min(22 * len(series.workers), 600))
-    layout = layout_of(TIME, "", height=height, yaxis={"type": "category", "autorange": "reversed"})
+    height = 110 + max(90, min(22 * len(series.workers), 600))
+    axis = {"type": "category", "autorange": "reversed"}
+    layout = layout_of(TIME, "", height=height, yaxis=axis, showlegend=False)
     return Chart(
         "Requests running on each worker",
         "One row a worker; white is idle, dark is a large batch. Rows of different darkness mean "
@@ -116,6 +119,8 @@ def _batches(series: Series) -> Chart:
 def _timeline(series: Series) -> Chart:
     spans = sorted(series.spans, key=lambda span: span.start_s)
     shown = spans[:SPANS_SHOWN_MAX]
+    edge = 0.5 if len(shown) <= SPANS_EDGED_MAX else 0
+    end_s = max(span.end_s for span in shown)
     traces = []
     for kind, (colour, name) in KINDS.items():
         own = [span for span in shown if span.kind == kind]
@@ -129,7 +134,7 @@ def _timeline(series: Series) -> Chart:
                     "base": rounded([span.start_s for span in own]),
                     "x": rounded([span.end_s - span.start_s for span in own]),
                     "customdata": [span.requests for span in own],
-                    "marker": {"color": colour, "line": {"color": "#ffffff", "width": 0.5}},
+                    "marker": {"color": colour, "line": {"color": "#ffffff", "width": edge}},
                     "hovertemplate": "%{y}, from %{base:.5~g} s for %{x:.3~g} s: "
                     "%{customdata} requests<extra>" + name + "</extra>",
                 }
@@ -141,13 +146,14 @@ def _timeline(series: Series) -> Chart:
         height=height,
         barmode="overlay",
         bargap=0.25,
+        xaxis={"range": [0, rounded([end_s])[0]]},
         yaxis={
             "type": "category",
             "categoryorder": "array",
             "categoryarray": list(reversed(series.workers)),
         },
     )
-    cut = f" The first {SPANS_SHOWN_MAX:,} of {len(spans):,} are shown." if shown != spans else ""
+    cut = f" Only the first {end_s:,.0f} s are shown." if len(shown) < len(spans) else ""
     return Chart(
         "Timeline of each worker",
         "What a worker did when; white is idle time. Point at a bar to see its batch." + cut,

@@ -45,7 +45,7 @@ def test_results_come_in_order_and_progress_reaches_the_end(processes: int) -> N
 
 def test_what_a_run_raises_reaches_the_caller() -> None:
     with pytest.raises(ValueError, match="run 1 went wrong"):
-        run_all(failing, [0, 1, 2], processes=2)
+        run_all(failing, [0, 1, 2], processes=1)
 
 
 def test_a_process_ended_from_outside_is_told_with_advice() -> None:

@@ -57,6 +57,7 @@ def test_one_run_gives_one_report_with_the_agreed_keys(tmp_path: Path) -> None:
 def test_policies_loads_and_seeds_multiply_in_parallel_processes(tmp_path: Path) -> None:
     path, page = tmp_path / "all.json", tmp_path / "all.html"
     many = ("--policy", "scls,vllm", "--rate", "2", "--rate", "8", "--seed", "0", "--seed", "1")
+    many = (*many, "--limit", "20")
     out = ("--json", str(path), "--html", str(page), "--jobs", "2")
     code, text = called(simulate, *SMALL, *many, "--workers", "2", *out)
     assert code == 0, text
