@@ -12,8 +12,8 @@ the same scheduler core make of it. Made by `make reproduce`; the figures behind
 
 Of every value compared with it is said what it is: a **fact** read in a source, a
 **reconstruction** of what a source leaves open, a target of **ours**, or **unavailable**. The full
-texts of the papers were not at hand: where a source is named, it is what was read of it (docs/policies.md and the
-constants' comments say which).
+texts of the papers were not at hand: where a source is named, it is what was read of it
+(docs/policies.md and the constants' comments say which).
 """
 MARKS = {True: "yes", False: "**no**", None: "reported"}
 
