@@ -158,11 +158,11 @@ class CostProfile(msgspec.Struct, frozen=True, dict=True, kw_only=True):
         tokens, attention_s = 0, 0.0
         slopes = self._chunk_slopes
         for chunk, context in prefill:
-            slope = slopes.get(chunk)
-            if slope is None:
-                slope = self._chunk_slope(chunk)
+            per_token_s = slopes.get(chunk)
+            if per_token_s is None:
+                per_token_s = self._chunk_slope(chunk)
             tokens += chunk
-            attention_s += (context + 0.5 * chunk) * slope
+            attention_s += (context + 0.5 * chunk) * per_token_s
         seconds = (
             self.overhead_s
             + self.overhead_per_sequence_s * (len(prefill) + decodes)

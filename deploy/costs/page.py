@@ -32,7 +32,7 @@ def _row(profile: CostProfile) -> str:
         f"{profile.kv_tokens}",
         f"{profile.kv_block_tokens}",
         f"{profile.iteration_s((), 1, 512) * 1e3:.1f}",
-        overhead if profile.overhead_s else "in the table",
+        overhead if profile.overhead_s else "none",
         *errors,
         f"{profile.noise_cv:.1%}".replace("%", ""),
         f"{profile.valid['cells']}",
