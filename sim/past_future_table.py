@@ -4,8 +4,9 @@
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from sim.memory_only import Progress as Told
 from sim.memory_only import Tally, simulate
-from sim.parallel import Watch, run_all
+from sim.parallel import run_all
 from sim.past_future_source import (
     FILE_SET,
     POLICIES,
@@ -27,6 +28,10 @@ from sim.past_future_source import (
 )
 
 SEEDS = 5
+"""Of every run with chance in it, as in the source."""
+SEEDS_MAX = 20
+"""Of those whose mean over the first seeds is not sharp enough to be held to the tolerances: its
+standard error is above a quarter of one. A run is never repeated for what it said."""
 STEPS_TOLERANCE = 0.01
 """Of the steps, as a share."""
 EVICTIONS_TOLERANCE = 2.5
@@ -54,12 +59,14 @@ class Cell:
     steps: float
     finished: float
     steps_ratio: float
-    """Steps over those of the oracle."""
-    steps_spread: float
-    """Standard deviation over the seeds, as a share of the steps."""
+    """Steps over those of the oracle for the same requests."""
+    ratio_error: float
+    """Standard error of that."""
     memory_percent: float
     future_percent: float
     evictions_percent: float
+    evictions_error: float
+    """Standard error of that."""
     source: tuple[float, float, float, float]
     """Steps over the oracle's, memory %, future-required %, evictions %."""
     source_steps: int | None
@@ -85,19 +92,47 @@ def run_task(task: Task, progress: Told) -> Tally:
     return simulate(source, policy.gate, policy.constants, seed=task.seed, progress=progress)
 
 
+Found = dict[tuple[str, str], list[Tally]]
+
+
 def table(
     seeds: int = SEEDS,
     *,
+    seeds_max: int = SEEDS_MAX,
     processes: int = 0,
-    watch: Watch = lambda number, done, total: None,
+    watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Cell]:
-    """Run everything, in parallel, and put it beside the source's. Set by set."""
+    """Run everything, in parallel, and put it beside the source's; set by set. `watch` hears how
+    many runs have ended, and of how many."""
+    found: Found = {}
     runs = tasks(seeds)
-    found: dict[tuple[str, str], list[Tally]] = {}
-    for task, tally in zip(
-        runs, run_all(run_task, runs, processes=processes, watch=watch), strict=True
-    ):
+    _run(runs, found, processes, lambda done: watch(done, len(runs)))
+    blurred = [cell for cell in _cells(found) if _is_blurred(cell)]
+    more = [
+        Task(cell.lengths, cell.policy, seed)
+        for cell in blurred
+        for seed in range(seeds, seeds_max)
+    ]
+    total = len(runs) + len(more)
+    _run(more, found, processes, lambda done: watch(len(runs) + done, total))
+    return _cells(found)
+
+
+def _run(runs: Sequence[Task], found: Found, processes: int, ended: Callable[[int], None]) -> None:
+    """Run all; `ended` hears how many have ended."""
+    over: set[int] = set()
+
+    def watch(number: int, done: int, total: int) -> None:
+        if done == total:
+            over.add(number)
+            ended(len(over))
+
+    tallies = run_all(run_task, runs, processes=processes, watch=watch) if runs else []
+    for task, tally in zip(runs, tallies, strict=True):
         found.setdefault((task.lengths, task.policy), []).append(tally)
+
+
+def _cells(found: Found) -> list[Cell]:
     return [
         cell(lengths, name, found[lengths, name], found[lengths, "oracle"])
         for lengths in SETS
@@ -105,26 +140,41 @@ def table(
     ]
 
 
+def _is_blurred(cell: Cell) -> bool:
+    """Chance could carry its mean out of the tolerances."""
+    blurred = cell.ratio_error > STEPS_TOLERANCE / 4
+    blurred = blurred or cell.evictions_error > EVICTIONS_TOLERANCE / 4
+    return blurred and cell.policy not in REPORTED_ONLY
+
+
 def cell(lengths: str, policy: str, tallies: Sequence[Tally], oracle: Sequence[Tally]) -> Cell:
-    """The means of one policy on one set, and how they compare with the source."""
+    """The means of one policy on one set, and how they compare with the source. `oracle`: seed by
+    seed the same requests, or one run if those of all seeds are the same."""
     steps = fmean(tally.steps for tally in tallies)
-    ratio = steps / fmean(tally.steps for tally in oracle)
-    evictions = fmean(tally.evictions_percent for tally in tallies)
+    beside = list(oracle) * (len(tallies) if len(oracle) == 1 else 1)
+    ratios = [ours.steps / best.steps for ours, best in zip(tallies, beside, strict=False)]
+    evictions = [tally.evictions_percent for tally in tallies]
     return Cell(
         lengths=lengths,
         policy=policy,
         seeds=len(tallies),
         steps=steps,
         finished=fmean(tally.finished for tally in tallies),
-        steps_ratio=ratio,
-        steps_spread=stdev(tally.steps for tally in tallies) / steps if len(tallies) > 1 else 0.0,
+        steps_ratio=fmean(ratios),
+        ratio_error=_error(ratios),
         memory_percent=100 * fmean(tally.memory_mean for tally in tallies),
         future_percent=100 * fmean(tally.future_mean for tally in tallies),
-        evictions_percent=evictions,
+        evictions_percent=fmean(evictions),
+        evictions_error=_error(evictions),
         source=POLICIES[policy].source[lengths],
         source_steps=SOURCE_STEPS.get((lengths, policy)),
-        verdict=verdict(lengths, policy, steps, ratio, evictions),
+        verdict=verdict(lengths, policy, steps, fmean(ratios), fmean(evictions)),
     )
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean; 0 of one value, which is certain here."""
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def verdict(
@@ -155,8 +205,10 @@ def verdict(
 def as_table(cells: Sequence[Cell]) -> Table:
     """Ours / the source's, for people."""
     shown = Table(title="Past-Future, memory only: ours / the source's")
-    for heading in ("lengths", "policy", "steps", "x oracle", "memory %", "future %", "evicted %"):
-        shown.add_column(heading, justify="left" if heading in ("lengths", "policy") else "right")
+    shown.add_column("lengths")
+    shown.add_column("policy")
+    for heading in ("seeds", "steps", "x oracle", "memory %", "future %", "evicted %"):
+        shown.add_column(heading, justify="right")
     shown.add_column("verdict")
     for cell in cells:
         ratio, memory, future, evictions = cell.source
@@ -164,6 +216,7 @@ def as_table(cells: Sequence[Cell]) -> Table:
         shown.add_row(
             cell.lengths,
             cell.policy,
+            str(cell.seeds),
             f"{cell.steps:,.0f}{known}",
             f"{cell.steps_ratio:.3f} / {ratio:.3f}",
             f"{cell.memory_percent:.1f} / {memory:.1f}",
@@ -181,18 +234,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="0: as many as cores")
     options = parser.parse_args()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    runs = tasks(options.seeds)
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("runs", total=len(runs))
-        ended: set[int] = set()
-
-        def watch(number: int, done: int, total: int) -> None:
-            if done == total:
-                ended.add(number)
-                progress.update(bar, completed=len(ended))
-
-        cells = table(options.seeds, processes=options.processes, watch=watch)
-        progress.update(bar, completed=len(runs))
+        bar = progress.add_task("runs")
+        cells = table(
+            options.seeds,
+            seeds_max=max(options.seeds, SEEDS_MAX),
+            processes=options.processes,
+            watch=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
     Console(width=140).print(as_table(cells))
 
 

@@ -128,6 +128,7 @@ def test_the_table_shows_ours_beside_the_source_s() -> None:
     assert [next(iter(column.cells)) for column in shown.columns] == [
         "ShareGPT-o1",
         "oracle",
+        "1",
         "71,190 / 71,190",
         "1.000 / 1.000",
         "94.9 / 94.9",
