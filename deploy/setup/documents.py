@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.setup import file_tree, metrics_page, policy_table, settings_page
+from deploy.setup import file_tree, metrics_page, policies_page, settings_page
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES: dict[str, Callable[[], str]] = {
     "architecture.md": file_tree.page,
     "metrics.md": metrics_page.page,
-    "operations.md": policy_table.page,
+    "policies.md": policies_page.page,
     "settings.md": settings_page.page,
 }
 

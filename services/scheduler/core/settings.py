@@ -196,6 +196,7 @@ class Constants:
     """A batch is given up this long after `overdue_factor` times its expected end [T]. Only orders
     lost on the way need it: a dead worker is noticed by its missing beats."""
     overdue_factor: float = 10.0
+    """See `overdue_s`; closed batches only [T]."""
     lost_order_s: float = 2.0
     """An order older than this that its worker does not list among its residents is lost [T]."""
 

@@ -76,10 +76,12 @@ WHOLE_LEASE = 1 << 40
 
 
 def _lease_whole(output_tokens: int, constants: Constants) -> int:
+    """One lease to the end: all that a request may ever make is reserved."""
     return WHOLE_LEASE
 
 
 def _lease_fixed(output_tokens: int, constants: Constants) -> int:
+    """Leases of S tokens, the first of `first_slice_tokens` if that is set."""
     if output_tokens == 0 and constants.first_slice_tokens:
         return constants.first_slice_tokens
     return constants.slice_tokens
