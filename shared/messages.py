@@ -19,212 +19,27 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""`stop`: end token, stop token or stop string. `length`: the token limit. `cancelled`: nobody
-waits any more. `error`: the request cannot be served; `detail` says why."""
-
-Form = Literal["closed", "leased"]
-"""How an engine runs slices: `closed` batches start and end together; a `leased` slice belongs to
-one request in a batch that is continuous at iteration level."""
-
-
-class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A part of a message; never sent alone."""
+from shared.message_parts import (
+    FinishReason as FinishReason,
+    Form as Form,
+    LengthClass as LengthClass,
+    Renewal as Renewal,
+    RequestSpec as RequestSpec,
+    Resident as Resident,
+    Sampling as Sampling,
+    SliceOrder as SliceOrder,
+    SliceResult as SliceResult,
+    SliceTimings as SliceTimings,
+    TokenLogprobs as TokenLogprobs,
+    TokenRun as TokenRun,
+    Value as Value,
+    WorkerInfo as WorkerInfo,
+    WorkerMemory as WorkerMemory,
+)
 
 
 class Message(Value, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Something that one service says to another."""
-
-
-# ------------------------------------------------------------------------------ parts of messages
-
-
-class Sampling(Value, frozen=True, kw_only=True):
-    """How to choose the next token. `seed` is always set: the gateway draws one if nobody gave it.
-
-    The draw for a token is keyed by (seed, choice, position), so it is the same on any worker,
-    in any batch and after any move.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    seed: int = 0
-    logprobs: int | None = None
-    """How many most likely tokens to report beside the chosen one; None: no logprobs at all."""
-    prompt_logprobs: bool = False
-    """Report logprobs of the prompt's tokens too (`echo` with `logprobs`), in the first slice."""
-    min_tokens: int = 0
-    """End tokens are forbidden at output positions below this."""
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    """These end the output, beside the model's own end tokens; the ending token is not text."""
-    allowed_token_ids: tuple[int, ...] = ()
-    """If not empty, only these can be chosen."""
-
-
-class RequestSpec(Value, frozen=True, kw_only=True):
-    """All that any service must know of a request; it never changes."""
-
-    request_id: str
-    parent_id: str
-    choice: int = 0
-    gateway: str
-    """Boot id of the gateway that holds the client's connection."""
-    model: str
-    endpoint: str = "completions"
-    tenant: str = "default"
-    priority: int = 0
-    """Lower is served first."""
-    prompt: bytes
-    """Packed ids, with any begin token."""
-    max_tokens: int
-    """Most output tokens, the end token counted; already capped by the model's context."""
-    sampling: Sampling = Sampling()
-    stream: bool = False
-    ttft_deadline_ms: int | None = None
-    deadline_ms: int | None = None
-    trace: str = ""
-    """W3C traceparent of the request's root span; empty if it is not sampled."""
-
-
-class TokenLogprobs(Value, frozen=True, kw_only=True, array_like=True):
-    """Natural-log probabilities for one position, before temperature and truncation, after
-    penalties and bias."""
-
-    chosen: float | None
-    """None only for the first token of a prompt, which has no probability."""
-    top_ids: bytes = b""
-    top_logprobs: tuple[float, ...] = ()
-
-
-class TokenRun(Value, frozen=True, kw_only=True, array_like=True):
-    """Consecutive output tokens of one attempt of one request, from `position` on.
-
-    An ending token (EOS or a stop token) is part of the run and counts as output, but is not text:
-    `ending_token` is true if the last id is one.
-    """
-
-    request_id: str
-    attempt: int
-    position: int
-    ids: bytes
-    finish_reason: FinishReason | None = None
-    ending_token: bool = False
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """Empty, or one per id."""
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Empty, or one per prompt token; sent once, with the run at position 0."""
-    detail: str = ""
-    """Why, if the reason is `error`."""
-
-
-class SliceOrder(Value, frozen=True, kw_only=True):
-    """One request's share of a `RunSlice`."""
-
-    spec: RequestSpec
-    attempt: int
-    tokens: bytes = b""
-    """Output so far (packed). The slice starts at position len(tokens)."""
-    lease_tokens: int
-    """Most new tokens in this slice; never beyond `spec.max_tokens` in all."""
-    pool_wait_s: float = 0.0
-    """How long the request waited in the scheduler before this slice."""
-    resident: bool = False
-    """The worker already holds its KV; `spec.prompt` and `tokens` may be left out then."""
-
-
-class Renewal(Value, frozen=True, kw_only=True, array_like=True):
-    """The next lease of a request that the worker holds: it may make output up to `until`.
-
-    Absolute and only ever raised, so that a repeat, or one that was overtaken, changes nothing."""
-
-    request_id: str
-    attempt: int
-    until: int
-    """Output position (count of output tokens) at which the lease now ends."""
-
-
-class SliceResult(Value, frozen=True, kw_only=True):
-    """What a slice did for one request."""
-
-    request_id: str
-    attempt: int
-    position: int
-    """Where these tokens begin: at the slice's begin, or at the end of the last report."""
-    tokens: bytes = b""
-    """New output, the ending token counted; nothing that was decoded after the ending."""
-    finish_reason: FinishReason | None = None
-    resident: bool = False
-    """Leased only: its KV stays here, and it goes on while its lease lasts. A report of progress,
-    sent with the first token and when no more than the margin of the lease is left, or the word
-    that the lease is used up. False: its KV is freed; it ended, was parked or was evicted."""
-    evicted: bool = False
-    """The engine itself ended the lease early, for want of memory; the tokens are good."""
-    cached_tokens: int = 0
-    """Input tokens whose KV was found and not computed again."""
-    invalid_tokens: int = 0
-    """Iterations this request sat through after it had ended, until the closed batch did."""
-    pad_tokens: int = 0
-    detail: str = ""
-
-
-class SliceTimings(Value, frozen=True, kw_only=True):
-    """Measured by the worker on its own monotonic clock."""
-
-    queue_s: float = 0.0
-    """From receipt of the order to its first iteration."""
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    iterations: int = 0
-    """Tokens made per running request, the one that prefill makes counted."""
-    input_tokens_max: int = 0
-    """L: longest input of the batch, others padded to it."""
-    batch_size: int = 0
-
-
-class WorkerMemory(Value, frozen=True, kw_only=True):
-    """Memory telemetry of a worker. Tokens count KV slots; bytes are theirs on the device."""
-
-    kv_tokens_capacity: int
-    kv_tokens_used: int = 0
-    kv_bytes_per_token: int = 0
-    kv_bytes_capacity: int = 0
-    kv_bytes_used: int = 0
-    device_bytes_free: int = 0
-    device_bytes_total: int = 0
-
-
-class WorkerInfo(Value, frozen=True, kw_only=True):
-    """What a worker is; the same in all its beats."""
-
-    worker: str
-    """Boot id: name and a random part; also the name of its queue."""
-    name: str
-    engine: str
-    forms: tuple[Form, ...]
-    model: str
-    context_tokens_max: int
-    vocabulary_size: int = 0
-    batch_size_max: int = 0
-    """0: only memory limits the batch."""
-    device: str = "cpu"
-    kv_block_tokens: int = 1
-    """KV slots are given out in blocks of so many tokens."""
-
-
-class Resident(Value, frozen=True, kw_only=True, array_like=True):
-    """A request that a worker holds: it runs, waits in the worker's queue, or keeps its KV."""
-
-    request_id: str
-    attempt: int
-    position: int
 
 
 # -------------------------------------------------------------------------- gateway to scheduler
@@ -459,19 +274,6 @@ class Finished(Message, frozen=True, kw_only=True):
     reason: FinishReason
 
 
-class LengthClass(Value, frozen=True, kw_only=True):
-    """Output lengths of recently finished requests of one class, oldest first."""
-
-    model: str
-    lengths: bytes
-    """Packed u32, one per request."""
-    finished: int
-    """How many were ever seen."""
-    censored: bytes = b""
-    """One byte per length: 1 if the token limit cut the output, which would have been longer.
-    Empty: not known."""
-
-
 class LengthForecast(Message, frozen=True, kw_only=True):
     """The estimator's current knowledge, sent to the scheduler after changes, every few seconds
     at most, and when a scheduler takes over."""
@@ -512,15 +314,7 @@ ToEstimator = Finished | SchedulerBeat
 
 SchedulerEvent = ToScheduler | OrderReturned | Elected
 SchedulerCommand = (
-    RunSlice
-    | Park
-    | Drop
-    | SendTokens
-    | DrainWorker
-    | Recall
-    | Rejected
-    | SchedulerBeat
-    | Finished
+    RunSlice | Park | Drop | SendTokens | DrainWorker | Recall | Rejected | SchedulerBeat | Finished
 )
 AnyMessage = ToScheduler | ToGateway | ToWorker | ToEstimator | OrderReturned | Elected
 
