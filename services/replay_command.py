@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from services.scheduler.core.presets import UnknownPreset
-from services.scheduler.core.replay import BadJournal, Difference
-from services.scheduler.core.replay import replay as replay_journal
+from services.scheduler.core.replay import BadJournal, Difference, replay as replay_journal
 from shared.config import SetupError
 from shared.messages import RunSlice, SchedulerCommand
 

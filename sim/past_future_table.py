@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from sim.memory_only import Progress as Told
-from sim.memory_only import Tally, simulate
+from sim.memory_only import Progress as Told, Tally, simulate
 from sim.parallel import run_all
 from sim.past_future_source import (
     FILE_SET,

@@ -7,8 +7,7 @@ from statistics import pstdev
 
 import msgspec
 
-from services.scheduler.core.replay import Step as JournalStep
-from services.scheduler.core.replay import started, to_bytes
+from services.scheduler.core.replay import Step as JournalStep, started, to_bytes
 from services.scheduler.core.settings import Constants
 from sim.leader import Spent, Step
 from sim.mesh import SimMesh

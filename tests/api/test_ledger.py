@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from services.gateway.core.ledger import Ended, Expired, Ledger, Output, Patience, Refused
 from services.gateway.core.record import PARKED_RUNS_MAX, Arrived

@@ -5,8 +5,7 @@ from time import thread_time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.policies.balancing import BALANCERS, Gauges

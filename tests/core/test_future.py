@@ -1,8 +1,7 @@
 """The future peak: the known vector, brute force step by step, and what must be monotone."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from services.scheduler.core.policies.future import Future, peak, peaks
 

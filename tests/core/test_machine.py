@@ -1,7 +1,6 @@
 """Hypothesis finds the order of misfortunes that breaks the protocol, if there is one."""
 
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from services.scheduler.core.policies.admission import Footprint, Room, fits, slice_bound
 from services.scheduler.core.policies.batching import BATCHINGS, Waiting, cheapest_cuts

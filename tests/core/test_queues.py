@@ -7,8 +7,7 @@ from random import Random
 from time import thread_time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from services.scheduler.core.policies.estimates import Estimates
 from services.scheduler.core.policies.fair import ACCOUNTS_MAX, Accounts

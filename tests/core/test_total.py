@@ -1,7 +1,6 @@
 """Any sequence of any well-formed messages: the core answers, and its answers can be sent."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from services.scheduler.core.presets import PRESETS, preset_named
 from services.scheduler.core.scheduler import Scheduler

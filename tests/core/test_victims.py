@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from services.scheduler.core.policies.lengths import prepare_lengths
 from services.scheduler.core.policies.victims import VICTIMS

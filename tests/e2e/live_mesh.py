@@ -5,15 +5,18 @@ import contextlib
 import dataclasses
 import socket
 import threading
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from services.mesh import Mesh, plan, serve_mesh
 from services.mesh_settings import DEMO_MODEL, MeshSettings
+from services.process import serve_one
 from shared.bus.connect import forget_memory_broker
 
 START_TIMEOUT_S = 90.0
@@ -35,6 +38,9 @@ class LiveMesh:
         self._loop = uvloop.new_event_loop()
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
+        self._standby: asyncio.Task[None] | None = None
+        self.standby = CollectorRegistry()
+        """The metrics of the scheduler that replaced the first one."""
         self._thread = threading.Thread(target=self._run, name="mesh", daemon=True)
         self._thread.start()
         self._ready.wait(START_TIMEOUT_S)
@@ -55,6 +61,34 @@ class LiveMesh:
             raise MeshFailed(f"the mesh did not stop within {STOP_TIMEOUT_S} s")
         if self._error:
             raise MeshFailed("the mesh failed") from self._error
+
+    def kill_worker(self) -> None:
+        """End one worker without a word: its queue is gone, and its beats."""
+
+        def kill() -> None:
+            workers = [task for task in asyncio.all_tasks() if task.get_name() == "worker"]
+            workers[0].cancel()
+
+        self._loop.call_soon_threadsafe(kill)
+
+    def replace_scheduler(self) -> None:
+        """A standby begins to wait, and the leader ends without a word."""
+
+        async def replace() -> None:
+            leader = next(t for t in asyncio.all_tasks() if t.get_name() == "scheduler")
+            standby = serve_one(self.mesh.scheduler, asyncio.Event(), self.standby)
+            self._standby = asyncio.create_task(standby, name="standby")
+            leader.cancel()
+
+        asyncio.run_coroutine_threadsafe(replace(), self._loop).result(START_TIMEOUT_S)
+
+    def metric(self, name: str) -> float:
+        """A metric as /metrics shows it, summed over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name
+        )
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

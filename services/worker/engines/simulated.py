@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from random import Random
 
 from services.worker.core.pretend import LeasedEngine as PretendLeases
-from services.worker.core.pretend_closed import ClosedEngine as PretendBatches
-from services.worker.core.pretend_closed import Row
+from services.worker.core.pretend_closed import ClosedEngine as PretendBatches, Row
 from services.worker.core.pretend_parts import Noise, Progress, no_noise, noise_of
 from services.worker.engines.api import (
     BadOrder,
