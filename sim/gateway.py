@@ -35,10 +35,12 @@ class SimGateway:
         patience: Patience,
         abort: Abort,
         last_token_at: Callable[[str, str], float | None],
+        placed: Callable[[str], bool],
         ended: Callable[[Call], None],
         failed: Callable[..., None],
     ) -> None:
-        """`last_token_at(worker, request)`: what a client sees of a stream between reports."""
+        """`last_token_at(worker, request)`: what a client sees of a stream between reports;
+        `placed(request)`: whether a worker has it."""
         self.boot = boot
         self.open: dict[str, Call] = {}
         self._ledger = Ledger(boot, patience)
@@ -47,6 +49,7 @@ class SimGateway:
         self._model, self._max_tokens = model, max_tokens
         self._abort = abort
         self._last_token_at = last_token_at
+        self._placed = placed
         self._ended, self._failed = ended, failed
         self._armed_at = float("inf")
 
@@ -72,6 +75,8 @@ class SimGateway:
         self._to_leader(self._ledger.open(spec, self._world.now, float("inf")))
         if self._abort.first_token_s is not None:
             self._world.after(self._abort.first_token_s, self._check_first, call)
+        if self._abort.waiting_s is not None:
+            self._world.after(self._abort.waiting_s, self._check_waiting, call)
         self._arm()
 
     def receive(self, message: Any, times: Sequence[Times | None] | None = None) -> None:
@@ -144,6 +149,10 @@ class SimGateway:
     def _check_first(self, call: Call) -> None:
         if call.outcome is None and call.first_at is None:
             self._hang_up(call, f"no first token in {self._abort.first_token_s:g} s")
+
+    def _check_waiting(self, call: Call) -> None:
+        if call.outcome is None and call.first_at is None and not self._placed(call.request_id):
+            self._hang_up(call, f"waited for {self._abort.waiting_s:g} s")
 
     def _check_gap(self, call: Call) -> None:
         limit_s = self._abort.gap_s

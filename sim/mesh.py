@@ -123,6 +123,10 @@ class SimMesh:
         holder = self.workers.get(worker)
         return None if holder is None else holder.last_token_at(request_id)
 
+    def placed(self, request_id: str) -> bool:
+        """Whether some worker has it."""
+        return any(worker.holds(request_id) for worker in self.workers.values())
+
     # ---------------------------------------------------------------------------------- misfortune
 
     def _lose_worker(self) -> None:
@@ -148,9 +152,10 @@ class SimMesh:
             self.to_worker,
             model=setup.profile.model,
             max_tokens=setup.cap_tokens,
-            patience=setup.patience,
+            patience=setup.gateway_patience,
             abort=setup.abort,
             last_token_at=self.last_token_at,
+            placed=self.placed,
             ended=self._call_ended,
             failed=self._call_failed,
         )

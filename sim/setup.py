@@ -15,7 +15,7 @@ from sim.slo import Slo
 WAITING_MAX = 1_000_000
 """Nobody is turned away for a full queue unless the set-up says so: what a policy does with a
 load is the question here."""
-UNHURRIED = Patience(gap_s=1.0, silence_s=120.0, first_silence_s=3600.0)
+UNHURRIED = Patience(gap_s=1.0, silence_s=1e6, first_silence_s=1e6)
 """In calm weather nothing is lost, and gateways need not ask. Tokens are only sent with reports,
 so a long lease looks like a silence."""
 NO_SLO = Slo()
@@ -29,6 +29,9 @@ class Abort:
 
     first_token_s: float | None = None
     gap_s: float | None = None
+    waiting_s: float | None = None
+    """Turned away by the server while no worker has it, as in the authors' server: 8 s, which
+    leaves 2 s of a limit of 10 s to the prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class Setup:
     streamed: bool = True
     """Closed batches: clients see tokens when they are made. False: at the end of their batch, as
     in SCLS."""
-    patience: Patience = UNHURRIED
+    patience: Patience | None = None
+    """Of the gateway; None: the real one's where something may be lost, else `UNHURRIED`."""
     stalled_s: float = 3_600.0
     """The run is over, as failed, when no request has ended for so long."""
 
@@ -97,6 +101,11 @@ class Setup:
     def cv(self) -> float:
         """Noise of one iteration."""
         return self.profile.noise_cv if self.noise_cv is None else self.noise_cv
+
+    @property
+    def gateway_patience(self) -> Patience:
+        """How long missing tokens are waited for."""
+        return self.patience or (UNHURRIED if self.faults == CALM else Patience())
 
     def all_constants(self) -> Constants:
         """The preset's, then this set-up's."""

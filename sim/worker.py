@@ -181,6 +181,10 @@ class SimWorker:
     def _positions(self, now: float) -> Iterable[tuple[str, int, int]]:
         raise NotImplementedError
 
+    def holds(self, request_id: str) -> bool:
+        """Whether it is here, in whatever stage."""
+        return request_id in self._held
+
     # ------------------------------------------------------------------------------ the outside
 
     def start(self) -> None:
@@ -411,6 +415,7 @@ class SimWorker:
             position = next((at for name, _, at in positions if name == request_id), held.end)
             if wanted < position:
                 self._stream(held.gateway, [_run(request_id, held, wanted, position)], [None])
+                held.sent = max(held.sent, position)
             return
         kept = self._kept.get(request_id)
         if kept is not None and kept.attempt == attempt and kept.start <= wanted <= kept.end:
