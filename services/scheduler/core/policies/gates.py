@@ -133,15 +133,22 @@ class PeakGate:
         return self._peak_with(candidate, held) < self._limit
 
     def add(self, candidate: Member) -> None:
-        """It stays with the lengths under which it was admitted."""
+        """It stays with the lengths under which it was admitted, also if it joins with a lease."""
         held = candidate.held - self._memory.lag
-        left = self._left if self._asked is candidate else None
+        left = self._left_as_asked(candidate)
         if left is None:
             left = self._candidate_left(candidate, self._lists)
         self._now().add(held, left)
         self._held_sum += self._memory.blocks(held)
         self._memory.running += 1
         self._asked = None
+
+    def _left_as_asked(self, candidate: Member) -> Ints | None:
+        """What was drawn when it was asked for, less what its first lease now covers."""
+        asked, left = self._asked, self._left
+        if asked is None or left is None or asked.prompt_tokens != candidate.prompt_tokens:
+            return None
+        return np.maximum(left - max(0, candidate.made - asked.made), 0)
 
     def _peak_with(self, candidate: Member, held: int) -> int:
         future = self._now()
