@@ -365,6 +365,27 @@ def test_a_new_leader_is_told_the_leases_and_goes_on_with_a_renewal(bench: Bench
     assert (told[0].position, list(unpack(told[0].tokens))[:3]) == (3, [13, 14, 15])
 
 
+def test_reports_are_whole_until_a_new_leader_has_renewed(bench: Bench) -> None:
+    """It does not listen while it collects, and may have missed any of them."""
+    given(bench, "a", 4)
+    make(bench, 0, 2)
+    bench.do(SchedulerBeat(epoch=7))
+    make(bench, 2, 3)
+    assert brief(make(bench, 3, 4)[0]) == [("a", 0, [0, 1, 2, 3], True)]
+    assert bench.do(renewing(("a", 1, 6), epoch=7)) == [RenewLease("a", 1, 6)]
+    assert brief(make(bench, 4, 5)[0]) == [("a", 0, [0, 1, 2, 3, 4], True)]
+    assert brief(make(bench, 5, 6)[0]) == [("a", 5, [5], True)]
+
+
+def test_a_renewal_that_is_not_longer_is_a_new_leaders_word_too(bench: Bench) -> None:
+    given(bench, "a", 10)
+    make(bench, 0, 2)
+    bench.do(SchedulerBeat(epoch=7))
+    assert bench.do(renewing(("a", 1, 4), epoch=7)) == []
+    told = [brief(commands) for commands in make(bench, 2, 10)]
+    assert told[5:] == [[("a", 0, [0, 1, 2, 3, 4, 5, 6, 7], True)], [], [("a", 8, [8, 9], True)]]
+
+
 def test_parking_by_a_new_leader_tells_everything(bench: Bench) -> None:
     given(bench, "a", 30)
     make(bench, 0, 4)

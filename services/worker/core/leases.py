@@ -6,8 +6,9 @@ with a renewal. What the scheduler hears is derived here from the tokens of each
 first token, little left (`margin_tokens`), used up, finished, parked, evicted. All reports of one
 iteration make one `SliceDone`; a request has at most one in it.
 
-A report begins where the last one ended. A new leader has never heard the earlier ones, so its
-first report of a lease begins where the placement began: it then overlaps what the gateway has.
+A report begins where the last one ended. A new leader has never heard the earlier ones, and does
+not listen before it has collected who is where. So until its first renewal, and once after that,
+a report begins where the placement began: it then overlaps what the gateway has.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,8 @@ class Lease(Held):
     """The end of the last report."""
     made: bytearray = field(default_factory=bytearray)
     """Packed ids from `begin` on."""
+    known: bool = True
+    """The leader goes by the reports: it gave this lease, or has renewed it."""
     said_first: bool = False
     said_margin_of: int = -1
     """The `until` whose nearing end was reported."""
@@ -83,7 +86,9 @@ class Lease(Held):
         margin_tokens: int = 0,
     ) -> SliceResult:
         """What is new since the last report."""
-        begin, self.reported = self.reported, self.position
+        begin = self.reported
+        if self.known:
+            self.reported = self.position
         self.said_first |= self.position > self.begin
         if self.until - self.position <= margin_tokens:
             self.said_margin_of = self.until
@@ -136,7 +141,10 @@ class Leases:
         commands: list[Command] = []
         for renewal in () if draining else order.renewals:
             lease = self._of(renewal.request_id, renewal.attempt)
-            if lease is not None and lease.renew(renewal.until):
+            if lease is None:
+                continue
+            lease.known = True
+            if lease.renew(renewal.until):
                 commands.append(RenewLease(renewal.request_id, renewal.attempt, lease.until))
         return commands
 
@@ -160,7 +168,7 @@ class Leases:
         """It knows none of the reports so far."""
         for lease in self._held.values():
             if isinstance(lease, Lease):
-                lease.reported = lease.begin
+                lease.reported, lease.known = lease.begin, False
 
     def on_step(
         self, report: StepReport, *, draining: bool
