@@ -113,7 +113,9 @@ def show(runs: Sequence[Run], console: Console) -> None:
     if len(runs) <= COLUMNS_MAX and len({group.load for group in groups}) == 1:
         console.print(report_table(reports))
     else:
-        console.print(comparison_table(groups, reports[0].workload, console.width))
+        first = reports[0]
+        title = f"{first.workload}, {first.workers} x {first.notes.get('profile', '')}"
+        console.print(comparison_table(groups, title, console.width))
     for report in reports:
         for cause, count in sorted(report.errors.items(), key=lambda pair: -pair[1])[:3]:
             console.print(f"{report.policy}: {count} x {cause}", markup=False)

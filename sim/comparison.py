@@ -75,5 +75,5 @@ def _cell(group: Group, metric: Metric, best: float | None) -> str:
     value = averaged(group.reports, metric)
     if value is None:
         return "-"
-    text = short(value.mean)
+    text = metric.text(value.mean) if metric.digits == 0 else short(value.mean)
     return f"[bold green]{text}[/]" if best is not None and value.mean == best else text

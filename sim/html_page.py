@@ -38,6 +38,7 @@ tr.load th { white-space: nowrap; max-width: 0; overflow: visible; }
 .part > * { border-top: 0; padding-top: 0; }
 .part th { font-weight: 400; padding-left: 28px; }
 .wide td, .wide td small { white-space: nowrap; }
+.glance tbody th { white-space: nowrap; }
 td.words { white-space: normal; text-align: left; }
 tbody th { font-weight: 600; }
 td b { color: #00664a; }
