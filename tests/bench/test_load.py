@@ -138,3 +138,22 @@ def test_a_choice_of_lengths_that_is_none_is_refused_with_the_choices(lengths: P
     assert shown.exit_code == 2
     assert "exact" in shown.output
     assert "natural" in shown.output
+
+
+async def test_the_command_writes_a_page_and_a_report(tmp_path: Path, lengths: Path) -> None:
+    app = typer.Typer()
+    app.command()(bench)
+    page, report = tmp_path / "page.html", tmp_path / "report.json"
+    server = ScriptedServer(refuse={3})
+    async with server.running() as url:
+        told = ["--url", url, "--trace", str(lengths), "--rate", "200", "--burst", "2"]
+        told += ["--policy", "<ours>", "--slo", "ttft=5", "--html", str(page)]
+        command = CliRunner().invoke
+        shown = await asyncio.to_thread(command, app, [*told, "--json", str(report)])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(report.read_text())["completed"] == 29
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;ours&gt;: what its clients saw" in text
+    assert "29 / 30" in text
+    assert "Time to first token (TTFT), seconds" in text
+    assert "Inside the workers" not in text
