@@ -53,6 +53,8 @@ class Setup:
     max_tokens: int | None = None
     """The limit that every request carries; None: the longest output of the workload, the least
     that cuts none short."""
+    prefix_cache: bool = False
+    """Leased: a request that comes back to a worker finds what is left of its KV there."""
     batch_size_max: int = 0
     """Of a worker's engine; 0: only memory limits."""
     noise_cv: float | None = None

@@ -331,6 +331,7 @@ class SimWorker:
                     finish_reason=told.finish_reason,
                     resident=told.resident,
                     evicted=told.evicted,
+                    cached_tokens=told.cached_tokens,
                     invalid_tokens=told.invalid_tokens,
                     pad_tokens=told.pad_tokens,
                 )

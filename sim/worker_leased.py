@@ -24,6 +24,7 @@ class LeasedSimWorker(SimWorker):
             setup.block_tokens_each,
             self._noise,
             spans=self.spans,
+            prefix_cache=setup.prefix_cache,
         )
 
     @property

@@ -13,22 +13,21 @@ iteration that runs, unless it can wait. `advance(now)` completes jumps and retu
 to report. The engine keeps the truth about its blocks and never uses more than it has.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Iterator
 
+from services.worker.core.pretend_agenda import Agenda
 from services.worker.core.pretend_blocks import BlockPool
 from services.worker.core.pretend_parts import (
     Costs,
     GapLog,
-    Kind,
     Noise,
     Progress,
     Spans,
     Tally,
     no_noise,
 )
-from services.worker.core.pretend_seats import Jump, Measured, Seat, Stage
+from services.worker.core.pretend_seats import Jump, Measured, Seat, Stage, note_jump
 from shared.messages import FinishReason, SliceTimings
 
 ITERATION_TOKENS = 2048
@@ -45,9 +44,11 @@ class LeasedEngine:
         block_tokens: int = 1,
         noise: Noise = no_noise,
         spans: Spans | None = None,
+        prefix_cache: bool = False,
     ) -> None:
-        """`spans`: where to write down what was worked on when, if anybody wants to see it."""
-        self.pool = BlockPool(kv_tokens, block_tokens)
+        """`spans`: where to write down what was worked on when, if anybody wants to see it.
+        `prefix_cache`: who comes back finds what is left of its KV."""
+        self.pool = BlockPool(kv_tokens, block_tokens, prefix_cache)
         self.tally = Tally()
         self.spans = spans
         self._costs = costs
@@ -61,8 +62,8 @@ class LeasedEngine:
         self._contexts = 0
         """Sum of prompt plus output of the running seats."""
         self._prefills: deque[Seat] = deque()
-        self._events: list[tuple[int, int, Seat]] = []
-        self._ticks = 0
+        self._agenda = Agenda()
+        self._added = 0
         self._fresh: list[Seat] = []
         """Running seats that have not run a step yet."""
         self._joining: list[Seat] = []
@@ -102,7 +103,7 @@ class LeasedEngine:
             return
         if old is not None:
             self._leaving.append((old, False))
-        self._ticks += 1
+        self._added += 1
         ends = true_length <= max_tokens
         seat = Seat(
             request_id=request_id,
@@ -113,7 +114,7 @@ class LeasedEngine:
             reason="stop" if ends else "length",
             cap=max_tokens,
             until=made + max(1, lease_tokens),
-            number=self._ticks,
+            number=self._added,
             arrived_at=now,
             base=made,
             reported=made,
@@ -252,7 +253,9 @@ class LeasedEngine:
             decodes = 0 if chunks and self._prefill_first else self._running
             if not chunks and not decodes:
                 return
-            steps = (1 if chunks else self._steps_until_event()) if decodes else 0
+            steps = (
+                (1 if chunks else max(1, self._agenda.next_step() - self._steps)) if decodes else 0
+            )
             if not self.pool.promised_too_much:
                 break
             steps = min(steps, 1)  # nobody promised that this fits: look at every iteration
@@ -283,19 +286,13 @@ class LeasedEngine:
         for seat in self._prefills:
             if room <= 0:
                 break
+            if seat.cached < 0:
+                seat.cached = seat.filled = self.pool.find(seat)
+                self.tally.cached_tokens += seat.cached
             tokens = min(seat.input_tokens - seat.filled, room)
             chunks.append((seat, tokens))
             room -= tokens
         return chunks
-
-    def _steps_until_event(self) -> int:
-        """Decode steps until somebody has something to report."""
-        events = self._events
-        while True:
-            step, _, seat = events[0]
-            if seat.event_step == step and seat.stage is Stage.RUNNING:
-                return max(1, step - self._steps)
-            heapq.heappop(events)
 
     def _steps_by(self, now: float) -> int:
         """Whole decode steps of the current jump that are over by `now`."""
@@ -316,7 +313,7 @@ class LeasedEngine:
         used = pool.used
         self._measured.count(jump, self._contexts)
         if steps:
-            pool.used += pool.begun(self._steps, steps)
+            pool.take(pool.begun(self._steps, steps))
             self._log_gaps(jump)
             self._steps += steps
             self._contexts += jump.decodes * steps
@@ -330,10 +327,11 @@ class LeasedEngine:
         tally.sequence_iterations += iterations * (jump.decodes + len(jump.chunks))
         tally.count_memory(jump.start, jump.end, used, pool.used)
         if self.spans is not None:
-            _note(self.spans, jump)
+            note_jump(self.spans, jump)
         self._jump = None
         if steps:
-            self._events_due(jump.end)
+            for seat in self._agenda.due(self._steps):
+                self._look_at(seat, jump.end, first=False)
         if jump.chunks:
             self._prefills_over(jump.end)
 
@@ -355,17 +353,10 @@ class LeasedEngine:
         self._fresh.clear()
         self._stepped_at = jump.end
 
-    def _events_due(self, now: float) -> None:
-        events = self._events
-        while events and events[0][0] <= self._steps:
-            step, _, seat = heapq.heappop(events)
-            if seat.event_step == step and seat.stage is Stage.RUNNING:
-                self._look_at(seat, now, first=False)
-
     def _fill(self, seat: Seat, tokens: int, began_at: float) -> None:
         if seat.began_at < 0:
             seat.began_at = began_at
-        self.pool.used += self.pool.growth(seat, tokens)
+        self.pool.take(self.pool.growth(seat, tokens))
         seat.filled += tokens
         self.tally.prefill_tokens += tokens
 
@@ -410,10 +401,7 @@ class LeasedEngine:
         if not seat.margin_told and seat.until < seat.cap:
             low = seat.until - self._margin_tokens - seat.base
             step = min(step, max(low, self._steps + 1))
-        if step != seat.event_step:
-            seat.event_step = step
-            self._ticks += 1
-            heapq.heappush(self._events, (step, self._ticks, seat))
+        self._agenda.put(seat, step)
 
     def _report(
         self,
@@ -443,6 +431,7 @@ class LeasedEngine:
             gap_s=gap_s,
             first_at=seat.last_at if first else 0.0,
             last_at=last_at,
+            cached_tokens=max(0, seat.cached) if first else 0,
         )
         self._reports.append(report)
         seat.reported, seat.gap_s, seat.gap_from = position, 0.0, max(seat.gap_from, self._steps)
@@ -498,20 +487,10 @@ class LeasedEngine:
     def _depart(self, seat: Seat, now: float) -> None:
         """Free its blocks and forget it."""
         self.tally.count_memory(now, now, self.pool.used, self.pool.used)
-        self.pool.used -= self.pool.held(seat, self._position(seat, 0))
+        self.pool.give_back(seat, self._position(seat, 0))
         self.pool.reserved -= seat.lease_blocks(self.pool.size)
         if seat.stage is Stage.PREFILLING and seat in self._prefills:
             self._prefills.remove(seat)
         self._rest(seat, Stage.GONE)
         if self._seats.get(seat.request_id) is seat:
             del self._seats[seat.request_id]
-
-
-def _note(spans: Spans, jump: Jump) -> None:
-    """Write a jump down; the last span goes on if it was of the same kind, without a break."""
-    kind: Kind = "decode" if not jump.chunks else "mixed" if jump.decodes else "prefill"
-    rows, start = jump.decodes + len(jump.chunks), jump.start
-    if spans and spans[-1][1] == start and spans[-1][2] == kind:
-        start, _, _, before = spans.pop()
-        rows = max(rows, before)
-    spans.append((start, jump.end, kind, rows))

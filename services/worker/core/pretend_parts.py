@@ -80,6 +80,8 @@ class Progress:
     """When the newest token was there; in a closed batch before `at`."""
     first_at: float = 0.0
     """When the first of these tokens was there."""
+    cached_tokens: int = 0
+    """With `first`: input tokens that were found in the prefix cache."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,9 @@ class Tally:
     decode_tokens: int = 0
     """Made by decodes, those of closed batches that nobody wanted included."""
     prefill_tokens: int = 0
+    """Computed; what was found in the prefix cache is not among them."""
+    cached_tokens: int = 0
+    """Found there."""
     sequence_iterations: int = 0
     """Sum of the running sequences over all iterations: the mean batch size's numerator."""
     kv_block_seconds: float = 0.0

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from services.worker.core.pretend_parts import Kind, Spans
 from shared.memory import leased_blocks
 from shared.messages import FinishReason, SliceTimings
 
@@ -41,7 +42,9 @@ class Seat:
     """Position up to which its tokens were reported."""
     stage: Stage = Stage.PREFILLING
     filled: int = 0
-    """Input tokens computed."""
+    """Input tokens whose keys and values are there."""
+    cached: int = -1
+    """Of these, found and not computed; below 0: not looked for yet."""
     began_at: float = -1.0
     """Of its prefill; below 0: not yet."""
     margin_told: bool = False
@@ -84,6 +87,16 @@ class Jump:
     """Of the first iteration, with the factor."""
     chunks: list[tuple[Seat, int]]
     """Prefill in this iteration, in tokens."""
+
+
+def note_jump(spans: Spans, jump: Jump) -> None:
+    """Write a jump down; the last span goes on if it was of the same kind, without a break."""
+    kind: Kind = "decode" if not jump.chunks else "mixed" if jump.decodes else "prefill"
+    rows, start = jump.decodes + len(jump.chunks), jump.start
+    if spans and spans[-1][1] == start and spans[-1][2] == kind:
+        start, _, _, before = spans.pop()
+        rows = max(rows, before)
+    spans.append((start, jump.end, kind, rows))
 
 
 @dataclass(slots=True)
