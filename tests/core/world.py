@@ -282,9 +282,9 @@ class World:
         left = [(ledger.spec.request_id, len(ledger.prefix)) for ledger in self.open_requests()]
         assert not left, f"still open after {limit_s} s: {left}"
 
-    def check_drained(self) -> None:
+    def check_drained(self, settle_s: float | None = None) -> None:
         """After everything has ended: nothing is left in the books but memory of the past."""
-        self.run(2 * self.constants.overdue_s + 60)
+        self.run(2 * self.constants.overdue_s + 60 if settle_s is None else settle_s)
         assert self.core is not None
         books = self.core.books
         assert not books.requests.open
