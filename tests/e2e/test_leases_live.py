@@ -4,13 +4,14 @@ Whatever the lease, the company, the memory and the losses: every request gets t
 alone and in one piece.
 """
 
-from collections.abc import Sequence
-from threading import Timer
+import time
+from collections.abc import Callable, Sequence
+from threading import Thread
 
 import pytest
 
 from tests.e2e.asking import Question, ask_all
-from tests.e2e.live_mesh import live_mesh
+from tests.e2e.live_mesh import LiveMesh, live_mesh
 
 SPEED = 20.0
 """An iteration of the profile takes a millisecond."""
@@ -49,6 +50,19 @@ def mesh(policy: str, bus: str = "", **more: object):  # type: ignore[no-untyped
 def address_of(bus: str, request: pytest.FixtureRequest) -> str:
     """A fresh virtual host of the real broker, or nothing for the bus in memory."""
     return str(request.getfixturevalue("broker_url")) if bus == "rabbit" else ""
+
+
+def in_the_middle(live: LiveMesh, action: Callable[[], None]) -> Thread:
+    """Act once every request has some tokens, and few have all."""
+
+    def act() -> None:
+        while live.metric("tranche_output_tokens_total") < 10 * REQUESTS:
+            time.sleep(0.02)
+        action()
+
+    thread = Thread(target=act, daemon=True)
+    thread.start()
+    return thread
 
 
 def test_the_texts_are_worth_comparing(whole: list[list[list[int]]]) -> None:
@@ -104,8 +118,7 @@ def test_requests_of_a_lost_worker_go_on_elsewhere(
     whole: list[list[list[int]]],
 ) -> None:
     with mesh("past-future", address_of(bus, request), workers=2, simulated_speed=2) as live:
-        killer = Timer(0.5, live.kill_worker)
-        killer.start()
+        killer = in_the_middle(live, live.kill_worker)
         assert ask_all(live.url, questions) == whole
         killer.join()
         assert live.metric("tranche_lost_workers_total") == 1
@@ -119,12 +132,17 @@ def test_leases_go_on_under_a_new_leader(
     questions: list[Question],
     whole: list[list[list[int]]],
 ) -> None:
-    with mesh("past-future", address_of(bus, request), workers=2, simulated_speed=2) as live:
-        killer = Timer(0.5, live.replace_scheduler)
-        killer.start()
-        assert ask_all(live.url, questions) == whole
+    """Outputs that are all cut at their limit, so that none ends while the new leader collects."""
+    lengthy = {"simulated_lengths": "mean=100000", "simulated_speed": 2}
+    with mesh("past-future", address_of(bus, request), workers=2, **lengthy) as live:
+        killer = in_the_middle(live, live.replace_scheduler)
+        answers = ask_all(live.url, questions)
         killer.join()
         counted = live.standby.get_sample_value
         assert counted("tranche_elections_total") == 1
         assert counted("tranche_renewed_leases_total") > 0
         assert counted("tranche_recalls_total") == 0, "they were undisturbed"
+    for shorter, longer in zip(whole, answers, strict=True):
+        for short, long in zip(shorter, longer, strict=True):
+            assert len(long) == TOKENS_MAX
+            assert long[: len(short) - 1] == short[:-1]
