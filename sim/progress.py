@@ -19,7 +19,8 @@ from sim.parallel import Watch
 
 @contextmanager
 def watched(labels: Sequence[str], title: str = "") -> Iterator[Watch]:
-    """A bar over all runs, and one for each run that is under way; they vanish at the end."""
+    """A bar over all runs, and one for each run that is under way; they vanish at the end.
+    Nothing is shown where the error stream is no terminal."""
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -27,7 +28,9 @@ def watched(labels: Sequence[str], title: str = "") -> Iterator[Watch]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         every = progress.add_task(title or f"{len(labels)} runs", total=float(len(labels)))
         shares = [0.0] * len(labels)
         bars: dict[int, TaskID] = {}
