@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from services.process import settings_class
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_FILES = ("docker-compose.yml", "deploy/compose.gpu.yml", "deploy/compose_test/compose.yml")
 MESH = ("gateway", "scheduler", "estimator", "worker")
@@ -97,13 +99,19 @@ def test_settings_in_the_compose_file_exist(name: str) -> None:
             assert variable.removeprefix(prefix).lower() in fields, variable
 
 
-def test_variables_of_the_compose_file_are_no_settings() -> None:
+def test_variables_of_the_compose_file_are_settings_or_none_of_a_service() -> None:
     """`.env` reaches the services too: TRANCHE_WORKER_CPUS would be an unknown setting."""
     prefixes = tuple(f"TRANCHE_{name.upper()}_" for name in MESH)
     text = (ROOT / "docker-compose.yml").read_text() + (ROOT / "deploy/compose.gpu.yml").read_text()
     names = {part.split(":-")[0].split("}")[0] for part in text.split("${")[1:]}
     assert "TRANCHE_CPUS_WORKER" in names
-    assert {name for name in names if name.startswith(prefixes)} == {"TRANCHE_WORKER_TORCH_THREADS"}
+    settings = {
+        f"TRANCHE_{service}_{field}".upper()
+        for service in MESH
+        for field in settings_class(service).model_fields
+    }
+    assert "TRANCHE_WORKER_ENGINE" in names
+    assert {name for name in names if name.startswith(prefixes)} <= settings
 
 
 def stages() -> dict[str, list[str]]:
