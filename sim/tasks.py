@@ -7,7 +7,7 @@ import msgspec
 
 from shared.profiles import CostProfile
 from sim.options import WorkloadChoice
-from sim.parallel import run_all
+from sim.parallel import RunFailed, run_all
 from sim.progress import watched
 from sim.run import Keep, run
 from sim.runs import Load, Run
@@ -78,8 +78,11 @@ def tasks_of(
 
 
 def perform(task: Task, progress: Callable[[int, int], None]) -> Done:
-    """Run it. What a report cannot know of its load is put into its notes."""
-    outcome = run(task.setup, progress=progress, keep=task.keep)
+    """Run it. What a report cannot know of its load is put into its notes. Raises RunFailed."""
+    try:
+        outcome = run(task.setup, progress=progress, keep=task.keep)
+    except Exception as error:  # a bug in a policy must not hide which run showed it
+        raise RunFailed(f"{task.label}: {type(error).__name__}: {error}") from error
     notes = {
         **outcome.report.notes,
         "load": task.load.label,
