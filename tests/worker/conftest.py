@@ -1,5 +1,6 @@
 """Tiny models and engines, made once per session."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.worker.reference import Reference
 from tests.worker.tiny_models import FAMILIES
 
 MakeEngine = Callable[..., Engine]
+DEVICE = os.environ.get("TRANCHE_TEST_DEVICE", "cpu")
+"""Where engines under test run: cpu, or cuda where there is one. References stay on the CPU."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,7 +80,7 @@ def _makes(kind: str) -> Iterator[MakeEngine]:
         if kind == "simulated":
             made.append(simulated(folder, **settings))
         else:
-            defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": "cpu"}
+            defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": DEVICE}
             loaded = WorkerSettings(model=str(folder), engine=kind, **{**defaults, **settings})
             made.append(engine_maker(kind)(loaded))
         return made[-1]

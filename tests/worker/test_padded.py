@@ -13,6 +13,7 @@ from services.worker.engines.padded import PaddedEngine
 from services.worker.models import load_model
 from services.worker.settings import WorkerSettings
 from shared.tokens import count
+from tests.worker.conftest import DEVICE
 from tests.worker.orders import Made, make_batch, make_order, make_spec, run_batch
 
 MakeFailing = Callable[[int, Exception], PaddedEngine]
@@ -35,7 +36,7 @@ class FailingNetwork:
 @pytest.fixture
 def make_failing(llama: Path) -> MakeFailing:
     """Makes an engine whose device fails at one call."""
-    model = load_model(WorkerSettings(model=str(llama), device="cpu"))
+    model = load_model(WorkerSettings(model=str(llama), device=DEVICE))
 
     def make(fails_at: int, error: Exception) -> PaddedEngine:
         network = FailingNetwork(model.network, fails_at, error)
