@@ -18,7 +18,9 @@ Figure = dict[str, Any]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d3b")
 """Okabe and Ito's, which colour-blind people can tell apart; dashes tell the rest."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+HEIGHT_PX = 340
 LEGEND_BELOW_PX = 56
+LEGEND_ROW_PX, LEGEND_ROW_NAMES = 20, 4
 CURVE_POINTS = 240
 """Of a distribution: more cannot be seen, and the file stays small."""
 
@@ -45,7 +47,7 @@ def layout_of(x_title: str, y_title: str, **more: Any) -> dict[str, Any]:
     """The look that all charts share."""
     axis = {"gridcolor": "#e4e7eb", "linecolor": "#9aa5b1", "zeroline": False, "automargin": True}
     layout: dict[str, Any] = {
-        "height": 340,
+        "height": HEIGHT_PX,
         "margin": {"l": 60, "r": 12, "t": 30, "b": 48},
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
         "paper_bgcolor": "#ffffff",
@@ -89,7 +91,15 @@ def against_load(groups: Sequence[Group], name: str, axis: str, title: str, capt
             }
         )
     x_title = "clients in a closed loop" if closed else "offered load, requests/s"
-    layout = layout_of(x_title, axis, xaxis={"rangemode": "tozero"}, yaxis={"rangemode": "tozero"})
+    latency = metric.unit == "s"
+    values = [y for trace in traces for y in trace["y"] if y]
+    layout = layout_of(
+        x_title,
+        f"{axis} (logarithmic)" if latency else axis,
+        height=_height(len(traces)),
+        xaxis={"rangemode": "tozero"},
+        yaxis=_logarithmic(values, 0) if latency else {"rangemode": "tozero"},
+    )
     return Chart(title, caption, {"data": traces, "layout": layout})
 
 
@@ -123,6 +133,7 @@ def latency_curves(groups: Sequence[Group], load: Load) -> list[Chart]:
         layout = layout_of(
             "seconds (logarithmic)",
             "share of all requests, %",
+            height=_height(len(traces)),
             xaxis=_logarithmic([x for trace in traces for x in trace["x"]]),
             yaxis={"range": [0, 101]},
             **_limit_lines(limits),
@@ -173,11 +184,17 @@ def _curve(
     return trace
 
 
-def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
-    """An axis from the first of a hundred values to the largest; what is faster hardly matters."""
+def _height(names: int) -> int:
+    """In pixels, with room for a legend of so many names."""
+    return HEIGHT_PX + LEGEND_ROW_PX * max(0, -(-names // LEGEND_ROW_NAMES) - 1)
+
+
+def _logarithmic(values: Sequence[float], percentile: float = 1) -> dict[str, Any]:
+    """An axis from this percentile of the values to the largest: of a distribution, what is
+    fastest hardly matters."""
     if not values:
         return {"type": "log"}
-    low, high = np.log10(np.percentile(values, 1)), np.log10(max(values))
+    low, high = np.log10(np.percentile(values, percentile)), np.log10(max(values))
     middle, half = (low + high) / 2, max((high - low) / 2 * 1.04, 0.15)
     decades = range(int(np.floor(middle - half)), int(np.ceil(middle + half)) + 1)
     steps = (1, 2, 3, 4, 5, 6, 8) if half < 0.6 else (1, 2, 5) if half < 1.6 else (1,)
