@@ -18,9 +18,10 @@ from sim.report import Record, Report, summarise
 from sim.sampler import Sampler
 from sim.series import Series
 from sim.setup import Setup
+from sim.worker_leased import PAUSED_MAX_S
 
-SETTLE_S = 10.0
-"""After the last request has ended: for what is still on its way."""
+SETTLE_S = 2 * PAUSED_MAX_S
+"""After the last request has ended: for what is still on its way, and for forgotten leases."""
 
 
 @dataclass(frozen=True, slots=True)

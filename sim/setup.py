@@ -55,6 +55,9 @@ class Setup:
     that cuts none short."""
     prefix_cache: bool = False
     """Leased: a request that comes back to a worker finds what is left of its KV there."""
+    composed_ahead: bool = False
+    """Leased: an iteration's prefill is composed when the iteration before it starts, as by vLLM's
+    asynchronous scheduling; who comes later sits one iteration out."""
     batch_size_max: int = 0
     """Of a worker's engine; 0: only memory limits."""
     noise_cv: float | None = None
@@ -93,6 +96,11 @@ class Setup:
     def block_tokens_each(self) -> int:
         """Slots in one block."""
         return self.block_tokens or self.profile.kv_block_tokens
+
+    @property
+    def composes_after_s(self) -> float | None:
+        """See `LeasedEngine`: the scheduler's answer to an iteration's reports is in time."""
+        return 4 * self.network_delay_s if self.composed_ahead else None
 
     @property
     def cap_tokens(self) -> int:

@@ -178,6 +178,9 @@ class SimWorker:
     def _park(self, request_id: str, attempt: int) -> None:
         """Only leases can be parked."""
 
+    def _tidy(self) -> None:
+        """What a worker does without being asked, now and then."""
+
     def _positions(self, now: float) -> Iterable[tuple[str, int, int]]:
         raise NotImplementedError
 
@@ -258,6 +261,7 @@ class SimWorker:
             self.alive = False
             self._mesh.gone(self.boot)
             return
+        self._tidy()
         self._say(listed=False)
         self._world.after(BEAT_S, self._beat)
 

@@ -9,6 +9,9 @@ from shared.messages import Form, RunSlice
 from shared.tokens import count
 from sim.worker import Mesh, SimWorker
 
+PAUSED_MAX_S = 30.0
+"""A lease that is used up and not renewed for so long is over: nobody seems to remember it."""
+
 
 class LeasedSimWorker(SimWorker):
     """See the module's text."""
@@ -25,6 +28,7 @@ class LeasedSimWorker(SimWorker):
             self._noise,
             spans=self.spans,
             prefix_cache=setup.prefix_cache,
+            composes_after_s=setup.composes_after_s,
         )
 
     @property
@@ -88,6 +92,12 @@ class LeasedSimWorker(SimWorker):
                     max_tokens=share.spec.max_tokens,
                     now=now,
                 )
+
+    def _tidy(self) -> None:
+        """Leases have a longest duration too: a Drop or a Park may have been lost."""
+        for request_id, attempt in self._engine.paused_since(self._world.now - PAUSED_MAX_S):
+            self._engine.park(request_id, attempt, self._world.now)
+        self._arm()
 
     def _park(self, request_id: str, attempt: int) -> None:
         self._engine.park(request_id, attempt, self._world.now)

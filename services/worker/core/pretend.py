@@ -13,14 +13,14 @@ iteration that runs, unless it can wait. `advance(now)` completes jumps and retu
 to report. The engine keeps the truth about its blocks and never uses more than it has.
 """
 
-from collections import deque
 from collections.abc import Iterator
 
 from services.worker.core.pretend_agenda import Agenda
 from services.worker.core.pretend_blocks import BlockPool
+from services.worker.core.pretend_gaps import Gaps
+from services.worker.core.pretend_line import PrefillLine
 from services.worker.core.pretend_parts import (
     Costs,
-    GapLog,
     Noise,
     Progress,
     Spans,
@@ -45,10 +45,15 @@ class LeasedEngine:
         noise: Noise = no_noise,
         spans: Spans | None = None,
         prefix_cache: bool = False,
+        composes_after_s: float | None = None,
     ) -> None:
         """`spans`: where to write down what was worked on when, if anybody wants to see it.
-        `prefix_cache`: who comes back finds what is left of its KV."""
+        `prefix_cache`: who comes back finds what is left of its KV.
+        `composes_after_s`: the next iteration's prefill is composed so long after the start of
+        the one that runs, as vLLM does with asynchronous scheduling; who comes later sits it out.
+        None: it is composed when it starts."""
         self.pool = BlockPool(kv_tokens, block_tokens, prefix_cache)
+        self._composes_after_s = composes_after_s
         self.tally = Tally()
         self.spans = spans
         self._costs = costs
@@ -61,18 +66,15 @@ class LeasedEngine:
         self._running = 0
         self._contexts = 0
         """Sum of prompt plus output of the running seats."""
-        self._prefills: deque[Seat] = deque()
+        self._prefills = PrefillLine(self.pool)
         self._agenda = Agenda()
         self._added = 0
-        self._fresh: list[Seat] = []
-        """Running seats that have not run a step yet."""
         self._joining: list[Seat] = []
         """Paused seats with a new lease: they run when the running iteration is over."""
         self._leaving: list[tuple[Seat, bool]] = []
         """(seat, whether to report it): they go when the running iteration is over."""
         self._jump: Jump | None = None
-        self._gaps = GapLog()
-        self._stepped_at = 0.0
+        self._gaps = Gaps()
         self._reports: list[Progress] = []
         self._measured = Measured()
 
@@ -121,7 +123,7 @@ class LeasedEngine:
         )
         self._seats[request_id] = seat
         self.pool.reserved += seat.lease_blocks(self.pool.size)
-        self._prefills.append(seat)
+        self._prefills.add(seat, late=self._composed_by(now))
         self._interrupt(now)
 
     def renew(self, request_id: str, attempt: int, until: int, now: float) -> bool:
@@ -130,9 +132,10 @@ class LeasedEngine:
         seat = self._seats.get(request_id)
         if seat is None or seat.attempt != attempt or until <= seat.until:
             return False
-        self.pool.reserved -= seat.lease_blocks(self.pool.size)
+        pool = self.pool
+        before = seat.lease_blocks(pool.size)
         seat.until, seat.margin_told = until, False
-        self.pool.reserved += seat.lease_blocks(self.pool.size)
+        pool.reserved += seat.lease_blocks(pool.size) - before
         if seat.stage is Stage.RUNNING:
             self._schedule(seat)
             if self._jump is not None and seat.event_step < self._steps + self._jump.steps:
@@ -197,8 +200,15 @@ class LeasedEngine:
         if seat.stage is Stage.RUNNING and steps and jump is not None:
             taken_s = self._costs.decode_steps_s(jump.decodes, self._contexts, steps)
             return jump.start + jump.factor * taken_s
-        stepped = seat.stepped and seat.stage is Stage.RUNNING
-        return self._stepped_at if stepped else seat.last_at
+        return self._gaps.last_at(seat)
+
+    def paused_since(self, until: float) -> list[tuple[str, int]]:
+        """(request, attempt) of seats that have waited for a renewal since `until` or longer."""
+        if len(self._seats) == self._running + len(self._prefills):
+            return []
+        seats = self._seats.values()
+        paused = (s for s in seats if s.stage is Stage.PAUSED and s.last_at <= until)
+        return [(seat.request_id, seat.attempt) for seat in paused]
 
     @property
     def running(self) -> int:
@@ -248,22 +258,34 @@ class LeasedEngine:
             self._let_leave(now)
         if self._joining:
             self._let_join()
+        self._jump = self._composed(now)
+        if self._prefills.has_late:
+            self._prefills.admit_late()
+            if self._jump is None:
+                self._jump = self._composed(now)
+
+    def _composed(self, now: float) -> Jump | None:
+        """The next jump, of what is here; None if there is nothing to do."""
+        line, pool = self._prefills, self.pool
+        overbooked = pool.reserved > pool.most
         while True:
-            chunks = self._next_chunks() if self._prefills else []
+            room = self._iteration_tokens - (0 if self._prefill_first else self._running)
+            chunks = line.chunks(room) if line else []
             decodes = 0 if chunks and self._prefill_first else self._running
             if not chunks and not decodes:
-                return
-            steps = (
-                (1 if chunks else max(1, self._agenda.next_step() - self._steps)) if decodes else 0
-            )
-            if not self.pool.promised_too_much:
+                return None
+            steps = 0
+            if decodes:
+                single = bool(chunks) or line.has_late or overbooked
+                steps = 1 if single else max(1, self._agenda.next_step() - self._steps)
+            if not overbooked:
                 break
-            steps = min(steps, 1)  # nobody promised that this fits: look at every iteration
-            need = sum(self.pool.growth(seat, tokens) for seat, tokens in chunks)
-            if self.pool.used + need + self.pool.begun(self._steps, steps) <= self.pool.most:
+            # Nobody promised that this fits: look at every iteration.
+            need = sum(pool.growth(seat, tokens) for seat, tokens in chunks)
+            if pool.used + need + pool.begun(self._steps, steps) <= pool.most:
                 break
             self._evict(max(self._seats.values(), key=lambda seat: seat.number), now)
-        self._jump = self._jump_of(now, chunks, decodes, steps)
+        return self._jump_of(now, chunks, decodes, steps)
 
     def _jump_of(
         self, now: float, chunks: list[tuple[Seat, int]], decodes: int, steps: int
@@ -279,20 +301,16 @@ class LeasedEngine:
         factor = self._noise(steps or 1)
         return Jump(now, now + factor * whole_s, steps, decodes, factor, factor * first_s, chunks)
 
-    def _next_chunks(self) -> list[tuple[Seat, int]]:
-        """Chunks of prefill for one iteration, in order of arrival."""
-        room = self._iteration_tokens - (0 if self._prefill_first else self._running)
-        chunks = []
-        for seat in self._prefills:
-            if room <= 0:
-                break
-            if seat.cached < 0:
-                seat.cached = seat.filled = self.pool.find(seat)
-                self.tally.cached_tokens += seat.cached
-            tokens = min(seat.input_tokens - seat.filled, room)
-            chunks.append((seat, tokens))
-            room -= tokens
-        return chunks
+    def _composed_by(self, now: float) -> bool:
+        """Whether the iteration after the one that runs has its prefill already."""
+        jump = self._jump
+        if jump is None or self._composes_after_s is None:
+            return False
+        steps, begun_at = self._steps_by(now), jump.start
+        if steps:
+            taken_s = self._costs.decode_steps_s(jump.decodes, self._contexts, steps)
+            begun_at += jump.factor * taken_s
+        return now > begun_at + self._composes_after_s
 
     def _steps_by(self, now: float) -> int:
         """Whole decode steps of the current jump that are over by `now`."""
@@ -314,7 +332,7 @@ class LeasedEngine:
         self._measured.count(jump, self._contexts)
         if steps:
             pool.take(pool.begun(self._steps, steps))
-            self._log_gaps(jump)
+            self._gaps.stepped(jump, self._steps)
             self._steps += steps
             self._contexts += jump.decodes * steps
             tally.decode_tokens += jump.decodes * steps
@@ -335,24 +353,6 @@ class LeasedEngine:
         if jump.chunks:
             self._prefills_over(jump.end)
 
-    def _log_gaps(self, jump: Jump) -> None:
-        """How long the running seats waited for the tokens of this jump."""
-        first, steps, gaps = self._steps + 1, jump.steps, self._gaps
-        first_end = jump.start + jump.first_s
-        first_gap_s = first_end - self._stepped_at
-        # The steps' times grow evenly, so the last is as far above the mean as the first below.
-        last_s = 2 * (jump.end - jump.start) / steps - jump.first_s
-        if steps == 1 or first_gap_s > last_s:
-            gaps.add(first, first_gap_s)
-        if steps > 1:
-            gaps.add(self._steps + steps, last_s)
-        for seat in self._fresh:
-            if seat.stage is Stage.RUNNING:
-                seat.gap_s = max(seat.gap_s, first_end - seat.last_at)
-                seat.gap_from, seat.stepped = first, True
-        self._fresh.clear()
-        self._stepped_at = jump.end
-
     def _fill(self, seat: Seat, tokens: int, began_at: float) -> None:
         if seat.began_at < 0:
             seat.began_at = began_at
@@ -361,9 +361,7 @@ class LeasedEngine:
         self.tally.prefill_tokens += tokens
 
     def _prefills_over(self, now: float) -> None:
-        prefills = self._prefills
-        while prefills and prefills[0].filled >= prefills[0].input_tokens:
-            seat = prefills.popleft()
+        for seat in self._prefills.over():
             seat.last_at = now
             seat.base = seat.made + (seat.made < seat.length)
             self._run(seat)
@@ -414,10 +412,6 @@ class LeasedEngine:
         resident: bool = False,
         evicted: bool = False,
     ) -> None:
-        gap_s, last_at = seat.gap_s, seat.last_at
-        if seat.stepped and seat.stage is Stage.RUNNING:
-            gap_s = max(gap_s, self._gaps.longest_after(seat.gap_from))
-            last_at = self._stepped_at
         report = Progress(
             request_id=seat.request_id,
             attempt=seat.attempt,
@@ -428,9 +422,9 @@ class LeasedEngine:
             finish_reason=reason,
             resident=resident,
             evicted=evicted,
-            gap_s=gap_s,
+            gap_s=self._gaps.longest(seat),
             first_at=seat.last_at if first else 0.0,
-            last_at=last_at,
+            last_at=self._gaps.last_at(seat),
             cached_tokens=max(0, seat.cached) if first else 0,
         )
         self._reports.append(report)
@@ -442,23 +436,18 @@ class LeasedEngine:
         seat.stage = Stage.RUNNING
         seat.base -= self._steps
         seat.event_step = -1
-        seat.gap_from, seat.stepped = self._steps, False
         self._running += 1
         self.pool.begins(seat)
-        self._fresh.append(seat)
+        self._gaps.begins(seat, self._steps)
 
     def _rest(self, seat: Seat, stage: Stage) -> None:
         """It runs no more."""
         if seat.stage is Stage.RUNNING:
             self.pool.ends(seat)
             seat.base += self._steps
-            if seat.stepped:
-                seat.gap_s = max(seat.gap_s, self._gaps.longest_after(seat.gap_from))
-                seat.last_at, seat.gap_from = self._stepped_at, self._steps
             self._running -= 1
             self._contexts -= seat.prompt_tokens + seat.base
-            if not self._running:
-                self._gaps.clear()
+            self._gaps.ends(seat, self._steps, last=not self._running)
         seat.stage = stage
 
     def _let_join(self) -> None:
@@ -489,7 +478,7 @@ class LeasedEngine:
         self.tally.count_memory(now, now, self.pool.used, self.pool.used)
         self.pool.give_back(seat, self._position(seat, 0))
         self.pool.reserved -= seat.lease_blocks(self.pool.size)
-        if seat.stage is Stage.PREFILLING and seat in self._prefills:
+        if seat.stage is Stage.PREFILLING:
             self._prefills.remove(seat)
         self._rest(seat, Stage.GONE)
         if self._seats.get(seat.request_id) is seat:

@@ -23,11 +23,6 @@ class BlockPool:
         self._phase = [0] * size
         self._running = 0
 
-    @property
-    def promised_too_much(self) -> bool:
-        """The leases together reach beyond the pool."""
-        return self.reserved > self.most
-
     def take(self, blocks: int) -> None:
         """So many more are in use."""
         self.used += blocks

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
+
 from shared.messages import FinishReason
 
 Noise = Callable[[int], float]
@@ -56,8 +58,7 @@ def noise_of(gauss: Callable[[float, float], float], cv: float) -> Noise:
     return factor
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, gc=False):
     """What became of one request since it was last reported."""
 
     request_id: str
@@ -94,8 +95,6 @@ class Tally:
     """Made by decodes, those of closed batches that nobody wanted included."""
     prefill_tokens: int = 0
     """Computed; what was found in the prefix cache is not among them."""
-    cached_tokens: int = 0
-    """Found there."""
     sequence_iterations: int = 0
     """Sum of the running sequences over all iterations: the mean batch size's numerator."""
     kv_block_seconds: float = 0.0

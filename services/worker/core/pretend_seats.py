@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from services.worker.core.pretend_parts import Kind, Spans
 from shared.memory import leased_blocks
 from shared.messages import FinishReason, SliceTimings
@@ -45,6 +47,8 @@ class Seat:
     """Input tokens whose keys and values are there."""
     cached: int = -1
     """Of these, found and not computed; below 0: not looked for yet."""
+    late: bool = False
+    """It came after the next iteration was composed."""
     began_at: float = -1.0
     """Of its prefill; below 0: not yet."""
     margin_told: bool = False
@@ -72,8 +76,7 @@ class Seat:
         return (1 - self.prompt_tokens - self.base) % block_tokens
 
 
-@dataclass(slots=True)
-class Jump:
+class Jump(msgspec.Struct):
     """Iterations under way, all of one kind."""
 
     start: float
