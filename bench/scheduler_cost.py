@@ -1,12 +1,15 @@
 """`python -m bench.scheduler_cost`: seconds of CPU per call of the scheduler's core.
 
-A core with many workers and a long queue lives through a busy minute: workers report leases or
+A core with many workers and a long queue lives through busy seconds: workers report leases or
 batches, requests end and new ones come, beats come twice a second, and the clock's deadlines are
-kept. Nothing is simulated but the messages; every call is timed alone. The figures are the mean
-per call, the slowest calls, and how the mean grows with the length of the queue.
+kept. Nothing is simulated but the messages; every call is timed alone. Before every round of
+closed batches the pool is filled up, so that each has the whole queue before it. The figures are
+the mean per call, the slowest calls, and how the mean grows with the length of the queue.
+
+Garbage is collected by the rules of the scheduler's process (`services/scheduler/garbage.py`),
+within the timed calls.
 """
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.scheduler_growth import growth_page
+from services.scheduler.core.policies.pacing import PACINGS
 from services.scheduler.core.presets import PRESETS, Preset, preset_named
 from services.scheduler.core.scheduler import Scheduler
+from services.scheduler.core.settings import Constants
+from services.scheduler.garbage import spare_full_collections
 from shared import tokens
 from shared.messages import (
     Elected,
@@ -48,6 +55,11 @@ SLOW_S = 0.05
 """No single call may take longer."""
 EVENT_GAP_S = 0.0005
 """Between two reports: a thousand workers, each heard of twice a second."""
+ROUND_S = 0.5
+"""Between rounds by the clock: in it the workers end about what a round gives them."""
+BATCHES_DEALT = 2
+"""Given to a worker by policies that deal ahead: the pool is long only where their queues are
+full, and full queues of the usual length would take half a million requests to fill."""
 LEASES_REPORTED = 3
 """Progress reports in a message, beside one end."""
 PROMPTS = tuple(tokens.pack([0] * size) for size in (16, 60, 120, 250, 500, 1000, 2000))
@@ -66,6 +78,12 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     over_limit: int
     placed: int
     """Requests placed meanwhile: a core that does nothing is quick."""
+    rounds: int = 0
+    """Rounds of closed batches that began meanwhile."""
+    waiting_least: int = 0
+    """The shortest queue that a round found; of leased policies, that any report found."""
+    round_s_max: float = 0.0
+    """All calls of the longest round together."""
 
 
 @dataclass(slots=True)
@@ -83,15 +101,46 @@ class _Mesh:
     """Worker to request to (attempt, position, until)."""
     batches: dict[str, list[RunSlice]] = field(default_factory=dict)
     parks: list[Park] = field(default_factory=list)
+    queue: int = 0
+    """How many are to wait when a round begins."""
+    rounds: int = 0
+    round_s: float = 0.0
+    """Of the round that is being made, so far."""
+    round_s_max: float = 0.0
+    waiting_least: int = 1 << 62
 
     def say(self, event: SchedulerEvent | None) -> None:
         """One timed call."""
+        core, book = self.core, self.core.books.rounds
+        making, last_at, pool = book.making, book.last_at, len(core.books.requests.pool)
         began = time.process_time()
-        core = self.core
         commands = core.wake(self.now) if event is None else core.handle(event, self.now)
-        self.seconds.append(time.process_time() - began)
+        seconds = time.process_time() - began
+        self.seconds.append(seconds)
+        if making is None and (book.making is not None or book.last_at != last_at):
+            self.rounds += 1
+            self.round_s = 0.0
+            self.waiting_least = min(self.waiting_least, pool)
+        self.round_s += seconds
+        if making is not None or book.making is not None:
+            self.round_s_max = max(self.round_s_max, self.round_s)
         for command in commands:
             self._obey(command)
+
+    @property
+    def timed(self) -> bool:
+        """Rounds of closed batches come by the clock, not by what workers say."""
+        return self.preset.form == "closed" and not PACINGS[self.preset.pacing].deals
+
+    def round_is_near(self) -> bool:
+        """Whoever is to be in the next round has to be there now."""
+        book = self.core.books.rounds
+        return book.making is None and self.now + EVENT_GAP_S >= book.last_at + ROUND_S
+
+    def fill_up(self) -> None:
+        """As many wait as are to."""
+        while len(self.core.books.requests.pool) < self.queue:
+            self.submit()
 
     def pass_time(self, seconds: float) -> None:
         """Keep the deadlines on the way."""
@@ -241,19 +290,19 @@ def measure(policy: str, waiting: int, workers: int, events: int, seed: int = 0)
     mesh = _made(policy, waiting, workers, seed)
     names = [f"w{number}" for number in range(workers)]
     mesh.seconds.clear()
-    mesh.placed = 0
-    gc.collect()
-    gc.freeze()
+    mesh.placed = mesh.rounds = 0
+    mesh.round_s_max, mesh.waiting_least = 0.0, 1 << 62
     for number in range(events):
+        if not mesh.timed or mesh.round_is_near():
+            mesh.fill_up()
+        if mesh.preset.form == "leased":
+            mesh.waiting_least = min(mesh.waiting_least, len(mesh.core.books.requests.pool))
         mesh.report(names[number % workers])
         mesh.pass_time(EVENT_GAP_S)
-        while len(mesh.core.books.requests.pool) < waiting:
-            mesh.submit()
         if number % 2 == 0:
             mesh.beat(names[(number // 2) % workers])
         if number % 1000 == 0:
             mesh.say(GatewayBeat(gateway="g"))
-    gc.unfreeze()
     ordered = sorted(mesh.seconds)
     return Cost(
         policy=policy,
@@ -265,14 +314,23 @@ def measure(policy: str, waiting: int, workers: int, events: int, seed: int = 0)
         slowest_s=ordered[-1],
         over_limit=sum(seconds > SLOW_S for seconds in ordered),
         placed=mesh.placed,
+        rounds=mesh.rounds,
+        waiting_least=mesh.waiting_least,
+        round_s_max=mesh.round_s_max,
     )
 
 
 def _made(policy: str, waiting: int, workers: int, seed: int) -> _Mesh:
     """A full mesh: every worker has work, and the queue is as long as asked."""
     preset = preset_named(policy)
+    deals = preset.form == "closed" and PACINGS[preset.pacing].deals
     constants = preset.with_constants(
-        waiting_max=1_000_000, interval_floor_s=0.1, interval_s=0.1, worker_timeout_s=1e9
+        batches_max=BATCHES_DEALT if deals else Constants().batches_max,
+        waiting_max=1_000_000,
+        interval_share=0.0,
+        interval_floor_s=ROUND_S,
+        interval_s=ROUND_S,
+        worker_timeout_s=1e9,
     )
     truth = (lambda request_id: 200) if preset.needs_truth else None
     mesh = _Mesh(preset, Random(seed), Scheduler(preset, constants, truth))
@@ -283,7 +341,12 @@ def _made(policy: str, waiting: int, workers: int, seed: int) -> _Mesh:
         if len(mesh.core.books.requests.pool) >= waiting and mesh.placed:
             break
         mesh.submit()
-        mesh.pass_time(EVENT_GAP_S)
+        if not mesh.timed:
+            mesh.pass_time(EVENT_GAP_S)
+        elif mesh.sent >= waiting:
+            mesh.pass_time(ROUND_S)
+            break
+    mesh.queue = waiting
     return mesh
 
 
@@ -294,10 +357,11 @@ def main(
     waiting: Annotated[int, typer.Option(help="Requests that wait.")] = 10_000,
     workers: Annotated[int, typer.Option(help="Workers of the mesh.")] = 1_000,
     events: Annotated[int, typer.Option(help="Reports of workers.")] = 4_000,
-    growth: Annotated[bool, typer.Option(help="Also with shorter queues.")] = False,
+    growth: Annotated[bool, typer.Option(help="Also with shorter queues, and a plot.")] = False,
     results: Path = RESULTS,
 ) -> None:
     """Time every call of the core; exit code 1 if a limit is missed."""
+    spare_full_collections()
     console = Console()
     costs: list[Cost] = []
     runs = list(_runs(policy or list(PRESETS), waiting, growth=growth))
@@ -308,6 +372,10 @@ def main(
     file = results / f"scheduler-cost-{datetime.now(UTC):%Y-%m-%d}.json"
     file.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=2) + b"\n")
     console.print(f"figures: {file}")
+    if growth:
+        plot = file.with_suffix(".html")
+        plot.write_text(growth_page(costs))
+        console.print(f"plot: {plot}")
     missed = [cost.policy for cost in costs if cost.over_limit or cost.mean_s > 1e-3]
     if missed:
         console.print(f"over 1 ms in the mean, or over 50 ms in a call: {', '.join(missed)}")

@@ -18,6 +18,7 @@ from tenacity import (
 
 from services.scheduler.core import replay
 from services.scheduler.core.scheduler import Scheduler
+from services.scheduler.garbage import spare_full_collections
 from services.scheduler.journal import Journal
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.outbox import Outbox
@@ -77,6 +78,7 @@ async def serve(
     if settings.journal:
         journal = Journal(Path(settings.journal), settings.journal_bytes_max)
     done = asyncio.Event()
+    spare_full_collections()
     try:
         async with asyncio.TaskGroup() as tasks:
             shell = _Shell(settings, bus, telemetry, tasks, journal)

@@ -104,6 +104,7 @@ class MeshMachine(RuleBasedStateMachine):
         assert not set(requests.open) & set(requests.done)
         for worker in workers.values():
             self.credit_adds_up(worker)
+        self.board_and_shelf_agree()
 
     def credit_adds_up(self, worker: Worker) -> None:
         credit = worker.credit
@@ -115,6 +116,29 @@ class MeshMachine(RuleBasedStateMachine):
         assert set(credit.wanting) <= set(credit.leases)
         line = worker.line.ordered(self.world.net.now) if worker.line is not None else []
         assert worker.waiting_tokens == sum(request.input_tokens for request in line)
+
+    def board_and_shelf_agree(self) -> None:
+        """What is kept along the way equals what a look at everything finds."""
+        assert self.world.core is not None
+        books = self.world.core.books
+        workers, board = list(books.workers.active.values()), books.board
+        assert board.workers == workers
+        heads = [worker.head() for worker in workers]
+        running = sum(len(head.request_ids) for head in heads if head is not None)
+        assert board.running == running + sum(len(w.credit.leases) for w in workers)
+        recalling = [r for r in books.requests.open.values() if r.state is State.RECALLING]
+        assert sorted(books.requests.recalling) == sorted(r.request_id for r in recalling)
+        if books.leased:
+            return
+        loads = [sum(batch.estimate_s for batch in w.batches.values()) for w in workers]
+        assert [worker.load_s for worker in workers] == loads == board.loads.tolist()
+        assert board.batches.tolist() == [len(worker.batches) for worker in workers]
+        pool = books.requests.pool.values()
+        assert sorted(books.shelf.requests) == sorted(request.number for request in pool)
+        lengths = sorted((request.input_tokens, request.number) for request in pool)
+        ranks = sorted((request.spec.priority, request.number) for request in pool)
+        assert books.shelf.order == (lengths if books.preset.order == "by-length" else ranks)
+        assert books.shelf.lengths in ([], lengths)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

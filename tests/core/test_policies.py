@@ -1,13 +1,20 @@
 """Policies on small inputs, against brute force and hand-made oracles."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
 from hypothesis import given, strategies as st
 
 from services.scheduler.core.policies.admission import Footprint, Room, fits, slice_bound
-from services.scheduler.core.policies.batching import BATCHINGS, Waiting, cheapest_cuts
+from services.scheduler.core.policies.batching import (
+    BATCHINGS,
+    Batches,
+    Waiting,
+    cheapest_cuts,
+    run_through,
+)
 from services.scheduler.core.policies.offloading import max_min, round_robin
 from services.scheduler.core.policies.pacing import PACINGS, Clock
 from services.scheduler.core.settings import Constants
@@ -102,9 +109,10 @@ def test_the_fast_programme_equals_the_plain_one(seed: int, count: int, cost: Bi
 
 def waiting(inputs: list[int], **changes: object) -> Waiting:
     values: dict[str, object] = {
-        "inputs": inputs,
-        "leases": [16] * len(inputs),
-        "numbers": list(range(len(inputs))),
+        "order": list(range(len(inputs))),
+        "lengths": sorted((tokens, number) for number, tokens in enumerate(inputs)),
+        "inputs": inputs.__getitem__,
+        "leases": lambda number: 16,
         "cost": PRIOR,
         "slice_tokens": 16,
         "size_limit": lambda longest, iterations: 600 // (longest + iterations),
@@ -115,6 +123,10 @@ def waiting(inputs: list[int], **changes: object) -> Waiting:
     return Waiting(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def batches_of(name: str, given_: Waiting) -> Batches:
+    return run_through(BATCHINGS[name](given_))
+
+
 @pytest.mark.parametrize("name", BATCHINGS)
 @given(st.lists(st.integers(1, 700), max_size=30), st.integers(1, 6), st.integers(0, 8))
 def test_batches_hold_each_request_once_and_fit(
@@ -123,7 +135,7 @@ def test_batches_hold_each_request_once_and_fit(
     if name == "dp":
         inputs.sort()
     given_ = waiting(inputs, batches_max=batches_max, batches_wanted=wanted)
-    batches = BATCHINGS[name](given_)
+    batches = batches_of(name, given_)
     placed = [index for batch in batches for index in batch]
     assert len(placed) == len(set(placed))
     for batch in batches:
@@ -138,26 +150,27 @@ def test_batches_hold_each_request_once_and_fit(
 
 
 def test_fixed_takes_requests_in_their_order() -> None:
-    assert BATCHINGS["fixed"](waiting([5] * 6, batches_max=1)) == [[0, 1, 2, 3]]
-    assert BATCHINGS["fixed"](waiting([100] * 6)) == [[0, 1, 2, 3], [4, 5]]
+    assert batches_of("fixed", waiting([5] * 6, batches_max=1)) == [[0, 1, 2, 3]]
+    assert batches_of("fixed", waiting([100] * 6)) == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_sorted_takes_the_oldest_with_its_likes() -> None:
     """Number 0 is the oldest: a long one. Its batch holds the longest, not the shortest."""
-    batches = BATCHINGS["sorted"](waiting([90, 10, 85, 11, 80, 12, 84, 9], batches_max=1))
+    batches = batches_of("sorted", waiting([90, 10, 85, 11, 80, 12, 84, 9], batches_max=1))
     assert [sorted(batch) for batch in batches] == [[0, 2, 4, 6]]
 
 
 def test_spreading_halves_the_work_and_not_the_count() -> None:
     """One long request against many short ones: the cut balances time."""
     cost = Bilinear(per_row_token=1.0, per_row=0.0, per_token=0.0, fixed=1000.0)
-    batches = BATCHINGS["dp"](
+    batches = batches_of(
+        "dp",
         waiting(
             [10] * 9 + [90],
             cost=SliceCost(prefill=cost, decode=Bilinear(0, 0, 0, 0)),
             size_limit=lambda longest, iterations: 100,
             batches_wanted=2,
-        )
+        ),
     )
     assert batches == [list(range(9)), [9]]
 
@@ -171,7 +184,7 @@ def test_max_min_gives_the_longest_to_the_least_loaded(
     estimates: list[float], loads: list[float], turn: int
 ) -> None:
     everyone = [list(range(len(loads)))] * len(estimates)
-    assignment = max_min(estimates, everyone, loads, turn % len(loads))
+    assignment = list(max_min(estimates, everyone, loads, turn % len(loads)))
     assert sorted(batch for batch, _ in assignment) == list(range(len(estimates)))
     placed = [estimates[batch] for batch, _ in assignment]
     assert placed == sorted(placed, reverse=True)
@@ -195,7 +208,7 @@ def test_max_min_respects_what_fits_where(
     estimates = [estimate for estimate, _ in batches]
     allowed = [sorted(where) for _, where in batches]
     now = list(loads)
-    placed = max_min(estimates, allowed, loads, 0)
+    placed = list(max_min(estimates, allowed, loads, 0))
     assert {batch for batch, _ in placed} == {b for b, where in enumerate(allowed) if where}
     for batch, worker in placed:
         assert worker in allowed[batch]
@@ -225,7 +238,9 @@ def test_an_interval_is_never_below_its_floor(
     gathered: float, last: float, load: float, floor: float, share: float
 ) -> None:
     constants = Constants(interval_floor_s=floor, interval_share=share)
-    clock = Clock(gathered_at=gathered, last_round_at=last, least_load_s=load, idle_workers=3)
+    clock = Clock(
+        gathered_at=gathered, last_round_at=last, least_load_s=load, idle_workers=3, waiting=1
+    )
     at = PACINGS["adaptive"].next_round_at(clock, constants)
     assert at is not None
     assert at - last >= floor - 1e-9
@@ -234,16 +249,19 @@ def test_an_interval_is_never_below_its_floor(
 
 def test_pacing_of_the_others() -> None:
     constants = Constants(interval_s=2.0, slice_tokens=64, round_on_idle=True, interval_floor_s=0.5)
-    busy = Clock(gathered_at=5.0, last_round_at=4.0, least_load_s=10.0, idle_workers=0)
-    idle = Clock(gathered_at=5.0, last_round_at=4.0, least_load_s=10.0, idle_workers=1)
+    busy = Clock(gathered_at=5.0, last_round_at=4.0, least_load_s=10.0, idle_workers=0, waiting=11)
+    idle, twelve = replace(busy, idle_workers=1), replace(busy, waiting=12)
     assert PACINGS["whole"].next_round_at(busy, constants) is None
     assert PACINGS["whole"].next_round_at(idle, constants) == 5.0
+    assert PACINGS["whole"].next_round_at(twelve, constants) == 5.0
+    fetching = replace(constants, deal_ahead=False)
+    assert PACINGS["whole"].next_round_at(twelve, fetching) is None
     assert PACINGS["ticked"].next_round_at(idle, constants) == 6.0
     assert PACINGS["adaptive"].next_round_at(idle, constants) == 5.0
     assert PACINGS["adaptive"].next_round_at(busy, constants) == 9.0
     assert PACINGS["whole"].lease_tokens(500, constants) == 500
-    assert PACINGS["fixed"].lease_tokens(500, constants) == 64
-    assert PACINGS["fixed"].lease_tokens(5, constants) == 5
+    assert PACINGS["ticked"].lease_tokens(500, constants) == 64
+    assert PACINGS["ticked"].lease_tokens(5, constants) == 5
 
 
 @given(

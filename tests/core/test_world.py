@@ -19,8 +19,8 @@ LIVE = Constants(
 )
 
 
-def make_world(policy: str, seed: int, workers: int = 3) -> World:
-    world = World(policy, seed, LIVE)
+def make_world(policy: str, seed: int, workers: int = 3, constants: Constants = LIVE) -> World:
+    world = World(policy, seed, constants)
     for _ in range(workers):
         world.add_worker()
     world.add_gateway()

@@ -1,7 +1,8 @@
-"""The board: what balancing looks at, one place a worker, as arrays.
+"""The board: what balancing and pacing look at, one place a worker, as arrays.
 
 With a thousand workers a loop over them for every request would cost more than everything else,
-so the few numbers that decide where a request goes are kept here and compared all at once.
+so the few numbers that decide where a request goes, or whether a round of closed batches is due,
+are kept here and compared all at once.
 """
 
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ class Board:
     """The least input tokens that this worker's gate has refused since its leases last changed."""
     rests_until: FloatArray = field(default_factory=_empty)
     """After a refused order."""
+    batches: FloatArray = field(default_factory=_empty)
+    """Closed: batches given and not answered."""
+    loads: FloatArray = field(default_factory=_empty)
+    """Closed: seconds of work in them, by estimate."""
     mean: float = 0.0
     """Expected output tokens of a request; 0: not known."""
 
@@ -46,6 +51,8 @@ class Board:
         self.free = np.append(self.free, 0.0)
         self.refused = np.append(self.refused, np.inf)
         self.rests_until = np.append(self.rests_until, worker.cool_until)
+        self.batches = np.append(self.batches, 0.0)
+        self.loads = np.append(self.loads, 0.0)
         self.gauges.mean_output[-1] = self.mean
         self.update(worker)
 
@@ -59,12 +66,17 @@ class Board:
         self.free = np.delete(self.free, place)
         self.refused = np.delete(self.refused, place)
         self.rests_until = np.delete(self.rests_until, place)
+        self.batches = np.delete(self.batches, place)
+        self.loads = np.delete(self.loads, place)
         self.places = {worker.info.worker: i for i, worker in enumerate(self.workers)}
 
     def update(self, worker: Worker) -> None:
         """Write down what has changed about a worker."""
         place = self.places.get(worker.info.worker)
         if place is None:
+            return
+        if self.form == "closed":
+            self._update_closed(worker, place)
             return
         credit, gauges = worker.credit, self.gauges
         block = credit.block_tokens
@@ -76,9 +88,46 @@ class Board:
         line = worker.line
         gauges.waiting[place] = len(line) if line is not None else 0
         gauges.waiting_tokens[place] = worker.waiting_tokens
-        able = self.form in worker.info.forms and not worker.draining
-        self.free[place] = total - used if able else -np.inf
+        self.free[place] = total - used if self._takes_orders(worker) else -np.inf
         self.rests_until[place] = worker.cool_until
+
+    def _update_closed(self, worker: Worker, place: int) -> None:
+        """Of a closed policy only what rounds ask for."""
+        head = worker.head()
+        self.gauges.running[place] = len(head.request_ids) if head is not None else 0
+        self.batches[place] = len(worker.batches)
+        self.loads[place] = worker.load_s
+        self.free[place] = 0.0 if self._takes_orders(worker) else -np.inf
+        self.rests_until[place] = worker.cool_until
+
+    def _takes_orders(self, worker: Worker) -> bool:
+        return self.form in worker.info.forms and not worker.draining
+
+    @property
+    def running(self) -> int:
+        """Requests with a lease, or in the batches that run; those behind them still wait."""
+        return int(self.gauges.running.sum())
+
+    def usable(self, batches_below: int, now: float) -> IntArray:
+        """Closed: places of workers that may be given a batch now."""
+        return np.flatnonzero(
+            (self.free > -np.inf) & (self.rests_until <= now) & (self.batches < batches_below)
+        )
+
+    def rested_at(self, now: float) -> float | None:
+        """When the first worker that refused an order may have another; None: none is resting."""
+        resting = self.rests_until[(self.free > -np.inf) & (self.rests_until > now)]
+        return float(resting.min()) if resting.size else None
+
+    @property
+    def taking(self) -> int:
+        """Workers that take orders, now or after a rest."""
+        return int(np.count_nonzero(self.free > -np.inf))
+
+    def least_load_s(self) -> float:
+        """Closed: of the workers that take orders, the least work that one has; 0: none takes."""
+        loads = self.loads[self.free > -np.inf]
+        return float(loads.min()) if loads.size else 0.0
 
     def set_mean_output(self, tokens: float) -> None:
         """Expected output of a request, from the history."""

@@ -1,12 +1,13 @@
 """The scheduler's books: all of its soft state in one place, and the commands being written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 
 from services.scheduler.core.board import Board
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.lines import Lines
+from services.scheduler.core.policies.batching import SORTED_BY_LENGTH
 from services.scheduler.core.policies.estimates import Estimates
 from services.scheduler.core.policies.lengths import Histories, LengthModel
 from services.scheduler.core.policies.queues import QUEUES
@@ -14,8 +15,9 @@ from services.scheduler.core.presets import Preset
 from services.scheduler.core.rate import Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
+from services.scheduler.core.shelf import Shelf
 from services.scheduler.core.state import Request
-from services.scheduler.core.workers import Worker, Workers
+from services.scheduler.core.workers import Batch, Worker, Workers
 from shared.costs import CostFit
 from shared.messages import LengthForecast, SchedulerCommand
 
@@ -36,6 +38,16 @@ class Claim:
 
 
 @dataclass(slots=True)
+class Making:
+    """A round of closed batches while it is being made."""
+
+    now: float
+    """Of the present call."""
+    steps: Generator[int, None, None]
+    """Each step yields about how much work it was; see `round_work_max`."""
+
+
+@dataclass(slots=True)
 class RoundBook:
     """When rounds were and may be."""
 
@@ -49,6 +61,8 @@ class RoundBook:
     """Ever dispatched: the next one's number."""
     batch_size_mean: float = 1.0
     """Exponentially weighted; for predictions only."""
+    making: Making | None = None
+    """The round that is being made; a long one takes several calls."""
 
 
 @dataclass(slots=True)
@@ -61,6 +75,8 @@ class Books:
     workers: Workers
     costs: CostFit
     lines: Lines
+    shelf: Shelf
+    """The pool of a closed policy, in order."""
     board: Board
     histories: Histories
     """What is known of output lengths, prepared from the latest forecast."""
@@ -129,8 +145,20 @@ class Books:
             self.largest_stale = False
         return self.largest_known
 
+    def give(self, worker: Worker, batch: Batch) -> None:
+        """One more closed batch."""
+        worker.give(batch)
+        self.board.update(worker)
+
+    def end(self, worker: Worker, batch_id: str) -> Batch | None:
+        """This closed batch is over there; None if it was not there."""
+        batch = worker.end(batch_id)
+        if batch is not None:
+            self.board.update(worker)
+        return batch
+
     def touch(self, worker: Worker) -> None:
-        """Something changed there that may open room or close it."""
+        """Leased: something changed there that may open room or close it."""
         if self.leased:
             self.touched[worker.info.worker] = None
             self.board.update(worker)
@@ -145,7 +173,7 @@ class Books:
     @property
     def waiting(self) -> int:
         """Open requests that no worker is running now, wherever they wait."""
-        return max(0, len(self.requests.open) - self.workers.running_requests())
+        return max(0, len(self.requests.open) - self.board.running)
 
     def send(self, command: SchedulerCommand) -> None:
         self.commands.append(command)
@@ -160,7 +188,7 @@ def new_books(
 ) -> Books:
     """Empty books."""
     pace, costs = Pace(), CostFit()
-    workers = Workers(lost_max=constants.lost_workers_max, batches_max=constants.batches_max)
+    workers = Workers(lost_max=constants.lost_workers_max)
     books: Books
 
     def output_tokens(request: Request) -> float:
@@ -179,6 +207,9 @@ def new_books(
         workers=workers,
         costs=costs,
         lines=_new_lines(preset, constants, estimates),
+        shelf=Shelf(preset.order, by_length=preset.batching in SORTED_BY_LENGTH)
+        if preset.form == "closed"
+        else Shelf("fcfs", by_length=False),
         board=Board(preset.form),
         histories=Histories(constants),
         estimates=estimates,

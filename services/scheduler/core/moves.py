@@ -28,7 +28,9 @@ def _move(
 
 
 def _out_of_line(books: Books, request: Request) -> None:
-    if books.leased:
+    if not books.leased:
+        books.shelf.remove(request)
+    else:
         worker = books.lines.remove(request)
         if worker is not None:
             books.board.update(worker)
@@ -37,6 +39,7 @@ def _out_of_line(books: Books, request: Request) -> None:
 def _into_line(books: Books, request: Request, now: float) -> None:
     """Leased: with early binding back to the worker that it was bound to, if that is there."""
     if not books.leased:
+        books.shelf.push(request)
         return
     worker = books.workers.active.get(request.bound) if request.bound else None
     if worker is not None and worker.draining:

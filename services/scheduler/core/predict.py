@@ -10,14 +10,13 @@ def predicted_wait_s(books: Books) -> float:
     """Seconds until a request that is submitted now would begin: what the least loaded worker
     still has to do, and the pool's first slices shared among the workers. With leases: those who
     wait, at the rate at which requests lately ended."""
-    workers = books.workers.active.values()
-    usable = [w for w in workers if books.preset.form in w.info.forms and not w.draining]
+    usable = books.board.taking
     if not usable:
         return NO_WORKER_WAIT_S
     if books.leased:
         waiting, rate = len(books.requests.pool), books.pace.finishes.per_s(books.called_at or 0.0)
         return waiting / rate if waiting and rate > 0 else 0.0
-    least_s = min(worker.load_s for worker in usable)
+    least_s = books.board.least_load_s()
     pooled = len(books.requests.pool)
     if pooled == 0:
         return least_s
@@ -25,4 +24,4 @@ def predicted_wait_s(books: Books) -> float:
     oldest = next(iter(books.requests.pool.values()))
     lease = books.constants.slice_tokens
     per_request_s = books.costs.cost.slice_s(rows, oldest.input_tokens, lease) / rows
-    return least_s + pooled * per_request_s / len(usable)
+    return least_s + pooled * per_request_s / usable

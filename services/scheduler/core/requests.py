@@ -20,6 +20,8 @@ class Requests:
     open: dict[str, Request] = field(default_factory=dict)
     pool: dict[str, Request] = field(default_factory=dict)
     """The open ones that wait."""
+    recalling: dict[str, Request] = field(default_factory=dict)
+    """The open ones whose gateways are asked for the truth."""
     done: dict[str, Request] = field(default_factory=dict)
     refused: dict[str, tuple[float, Rejected | None]] = field(default_factory=dict)
     """Never taken in: rejected (with the answer), or cancelled before they were known (None)."""
@@ -51,6 +53,10 @@ class Requests:
             self.pool[request_id] = request
         else:
             self.pool.pop(request_id, None)
+        if request.state is State.RECALLING:
+            self.recalling[request_id] = request
+        else:
+            self.recalling.pop(request_id, None)
         if request.state is State.DONE:
             self.open.pop(request_id, None)
             self._remember(request)

@@ -15,7 +15,7 @@ from services.scheduler.core import gateway_events, takeover, watch, worker_even
 from services.scheduler.core.books import Books, new_books, take_forecast
 from services.scheduler.core.leasing import lease_round
 from services.scheduler.core.presets import Preset
-from services.scheduler.core.rounds import make_round, next_round_at
+from services.scheduler.core.rounds import go_on_with_round, next_round_at
 from services.scheduler.core.settings import Constants
 from shared.messages import (
     Cancel,
@@ -106,10 +106,8 @@ def _round_if_due(books: Books, now: float) -> None:
         if books.collecting_until is None:
             lease_round(books, now)
         return
-    books.round_at = next_round_at(books, now)
-    if books.round_at is not None and now >= books.round_at:
-        make_round(books, now)
-        books.round_at = next_round_at(books, now)
+    go_on_with_round(books, now)
+    books.round_at = now if books.rounds.making is not None else next_round_at(books, now)
     books.stirred = False
 
 

@@ -56,13 +56,21 @@ class Constants:
     interval_floor_s: float = 3.0
     """Gamma, of `adaptive` pacing: 3 s with DeepSpeed, 6 s with transformers [M]."""
     interval_s: float = 3.0
-    """Between rounds of `ticked` pacing (ablations AB and LB); taken equal to Gamma [R]."""
+    """Between rounds of `ticked` pacing (ablations SO to LB); taken equal to Gamma [R]."""
+    deal_ahead: bool = True
+    """SLS: each complete batch is dealt to the next worker in turn, whatever that still has to do
+    [M: round-robin; that such schedulers do not balance load is in SCLS's abstract]. False: a
+    worker fetches its next batch when it has none, which balances by itself [T]."""
     gather_s: float = 0.0
     """How long the first arrival waits for others before a round [T]."""
     round_on_idle: bool = False
     """`adaptive` pacing: do not wait for the interval while a worker has nothing to do [T]."""
     empty_round_s: float = 0.25
     """After a round that could place nothing, wait this long [T]."""
+
+    round_work_max: int = 8000
+    """Work on a round in one call, in about microseconds; a longer round is spread over calls, so
+    that events between them do not wait [T]."""
 
     # ---- admission by memory and its future (policies/gates.py, lengths.py)
     history_window: int = 1000
@@ -71,6 +79,9 @@ class Constants:
     cold_start_share: float = 0.5
     """A history begins with this share of W in stand-ins, which go as real ones come: W/2 in the
     artifact."""
+    cold_start_ends: int = 0
+    """After so many finished requests no stand-in is left; 0: W, as in the artifact, where W is 40
+    in the server and 1000 in the simulator."""
     cold_start_tokens: int = 0
     """Length of a stand-in; 0: each request's own limit, as Past-Future's preset maximum (second
     hand). The artifact's simulator has 512, its server 6000."""

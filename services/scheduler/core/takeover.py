@@ -68,7 +68,7 @@ def _adopt(books: Books, request: Request, claim: Claim, now: float) -> None:
         dispatched_at=now,
         due_at=now + constants.overdue_s + constants.overdue_factor * estimate_s,
     )
-    worker.batches[batch.batch_id] = batch
+    books.give(worker, batch)
     moves.hold(books, request, Cause.CLAIM, claim.worker, batch.batch_id, claim.attempt, now)
 
 

@@ -4,7 +4,6 @@ from services.scheduler.core import moves
 from services.scheduler.core.books import Books
 from services.scheduler.core.gateway_events import advice, gateway_gone
 from services.scheduler.core.predict import predicted_wait_s
-from services.scheduler.core.state import State
 from services.scheduler.core.worker_events import batch_overdue, lease_overdue, worker_lost
 from services.scheduler.core.workers import Worker
 from shared.messages import SchedulerBeat
@@ -35,7 +34,7 @@ def beat(books: Books, now: float) -> None:
         SchedulerBeat(
             epoch=books.epoch,
             waiting=books.waiting,
-            running=books.workers.running_requests(),
+            running=books.board.running,
             workers=len(usable),
             kv_usage=books.workers.kv_usage(),
             context_tokens_max=min(map(books.holds, usable), default=0),
@@ -94,8 +93,7 @@ def _give_up_misfits(books: Books, now: float) -> None:
 
 def _repeat_recalls(books: Books, now: float) -> None:
     repeat_s = books.constants.recall_repeat_s
-    recalling = [r for r in books.requests.open.values() if r.state is State.RECALLING]
-    for request in recalling:
+    for request in list(books.requests.recalling.values()):
         if now - request.since < repeat_s * request.recalls:
             continue
         if request.recalls >= books.constants.recalls_max:

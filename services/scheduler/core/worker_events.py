@@ -17,7 +17,7 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
     batch = None
     if worker is not None:
         worker.seen_at, worker.memory = now, event.memory
-        batch = worker.batches.pop(event.batch_id, None)
+        batch = books.end(worker, event.batch_id)
         books.board.update(worker)
     if books.collecting_until is not None:
         _claims_over(books, event)
@@ -33,7 +33,7 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
         if books.leased and worker is not None:
             take_report(books, worker, request, result, now)
         else:
-            _forget_adopted(worker, request)
+            _forget_adopted(books, worker, request)
             _take_result(books, request, result, now)
     if not books.leased:
         for request in _still_placed(books, batch):
@@ -41,8 +41,11 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
 
 
 def _claims_over(books: Books, event: SliceDone) -> None:
-    """What ends while a new leader collects is not held any more, whatever a beat said before."""
+    """What ends while a new leader collects is not held any more, whatever a beat said before. A
+    lease that only reports progress goes on."""
     for result in event.results:
+        if result.resident:
+            continue
         claims = books.claims.get(result.request_id, [])
         ended = (event.worker, result.attempt)
         books.claims[result.request_id] = [c for c in claims if (c.worker, c.attempt) != ended]
@@ -61,10 +64,10 @@ def _still_placed(books: Books, batch: Batch | None) -> list[Request]:
     return [r for r in found if r and r.state is State.PLACED and r.batch_id == batch.batch_id]
 
 
-def _forget_adopted(worker: Worker | None, request: Request) -> None:
+def _forget_adopted(books: Books, worker: Worker | None, request: Request) -> None:
     """A request found after a takeover has a batch of its own in our books."""
     if worker is not None:
-        worker.batches.pop(request.batch_id, None)
+        books.end(worker, request.batch_id)
 
 
 def _take_result(books: Books, request: Request, result: SliceResult, now: float) -> None:
@@ -155,6 +158,7 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
     worker.info, worker.memory, worker.seen_at = event.info, event.memory, now
     worker.draining = event.draining
     if news:
+        books.board.update(worker)
         books.largest_stale = books.lines.stirred = True
         books.touch(worker)
         _empty_line(books, worker, now)
@@ -228,7 +232,7 @@ def _check_batch(
 def _forget_empty(books: Books, worker: Worker, batch: Batch) -> None:
     """A lost order's batch is over once nobody is left in it."""
     if not _still_placed(books, batch):
-        worker.batches.pop(batch.batch_id, None)
+        books.end(worker, batch.batch_id)
 
 
 def worker_lost(books: Books, name: str, now: float) -> None:
@@ -241,11 +245,22 @@ def worker_lost(books: Books, name: str, now: float) -> None:
     books.largest_stale = True
     worker.draining = True
     _empty_line(books, worker, now)
-    placed = [r for r in books.requests.open.values() if r.worker == name]
+    placed = _placed_on(books, worker)
     running = tuple((request.request_id, request.attempt) for request in placed)
     books.workers.remember_lost(name, running)
     for request in placed:
         moves.recall(books, request, now)
+
+
+def _placed_on(books: Books, worker: Worker) -> list[Request]:
+    """What this worker has, in order of arrival in the mesh."""
+    if books.leased:
+        placed = list(worker.credit.leases.values())
+    else:
+        batches = worker.batches.values()
+        listed = (r for batch in batches for r in map(books.requests.open.get, batch.request_ids))
+        placed = [r for r in listed if r is not None and r.worker == worker.info.worker]
+    return sorted({r.number: r for r in placed}.values(), key=lambda r: r.number)
 
 
 def _empty_line(books: Books, worker: Worker, now: float) -> None:
@@ -263,7 +278,7 @@ def lease_overdue(books: Books, request: Request, now: float) -> None:
 
 def batch_overdue(books: Books, worker: Worker, batch: Batch, now: float) -> None:
     """It should have ended long ago: its orders were lost on the way."""
-    worker.batches.pop(batch.batch_id, None)
+    books.end(worker, batch.batch_id)
     for request in _still_placed(books, batch):
         moves.recall(books, request, now)
 

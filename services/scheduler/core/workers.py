@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from services.scheduler.core.credit import Credit
 from services.scheduler.core.policies.order import Queue
 from shared.memory import token_budget
-from shared.messages import Form, WorkerInfo, WorkerMemory
+from shared.messages import WorkerInfo, WorkerMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,9 @@ class Worker:
     draining: bool = False
     cool_until: float = 0.0
     batches: dict[str, Batch] = field(default_factory=dict)
-    """Closed: in the order in which the worker runs them."""
+    """Closed: in the order in which the worker runs them. Changed by `give` and `end` only."""
+    load_s: float = 0.0
+    """Closed: the sum of the estimates of its batches; exactly 0 when it has none."""
     credit: Credit = field(default_factory=Credit)
     """Leased: what runs here."""
     line: Queue | None = None
@@ -38,14 +40,18 @@ class Worker:
     waiting_tokens: int = 0
     """Input tokens of those in line."""
 
-    @property
-    def load_s(self) -> float:
-        """The sum of the estimates of what it has; exactly 0 when it has nothing."""
-        return sum((batch.estimate_s for batch in self.batches.values()), start=0.0)
+    def give(self, batch: Batch) -> None:
+        """One more closed batch, behind those it has."""
+        self.batches[batch.batch_id] = batch
+        self.load_s += batch.estimate_s
 
-    @property
-    def idle(self) -> bool:
-        return not self.batches and not self.credit.leases
+    def end(self, batch_id: str) -> Batch | None:
+        """It does not have this batch any more; None if it did not. The load is summed anew, so
+        that rounding errors do not pile up."""
+        batch = self.batches.pop(batch_id, None)
+        if batch is not None:
+            self.load_s = sum((b.estimate_s for b in self.batches.values()), start=0.0)
+        return batch
 
     def head(self) -> Batch | None:
         """The batch it should be running."""
@@ -60,7 +66,6 @@ class Workers:
     """By boot id, in the order in which they joined."""
 
     lost_max: int
-    batches_max: int
     active: dict[str, Worker] = field(default_factory=dict)
     lost: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """What (request, attempt) a lost worker may still be running, should it come back."""
@@ -74,27 +79,10 @@ class Workers:
         first = next(iter(self.active.values()), None)
         return first.info.model if first else ""
 
-    def usable(self, form: Form, now: float) -> list[Worker]:
-        """Those that may be given orders now."""
-        return [
-            worker
-            for worker in self.active.values()
-            if form in worker.info.forms
-            and not worker.draining
-            and now >= worker.cool_until
-            and len(worker.batches) < self.batches_max
-        ]
-
     def remember_lost(self, worker: str, running: tuple[tuple[str, int], ...]) -> None:
         self.lost[worker] = running
         if len(self.lost) > self.lost_max:
             del self.lost[next(iter(self.lost))]
-
-    def running_requests(self) -> int:
-        """Requests with a lease, or in the batches that run; those behind them still wait."""
-        leases = sum(len(worker.credit.leases) for worker in self.active.values())
-        heads = (worker.head() for worker in self.active.values())
-        return leases + sum(len(batch.request_ids) for batch in heads if batch)
 
     def kv_usage(self) -> float:
         """Share of all KV slots in use, 0 to 1."""

@@ -1,31 +1,40 @@
-"""Batching: who runs together? Each answer cuts an ordered list of requests into closed batches.
+"""Batching: who runs together? Each answer cuts the waiting requests into closed batches.
 
-Requests are given as parallel lists, in the order that the preset's order policy made; a batch is
-a list of indices into them. A batch of one is always allowed here, even if it fits no worker:
+Requests are told by number. A batch of one is always allowed here, even if it fits no worker:
 offloading decides that. What is in no batch stays in the pool.
+
+A long pool takes longer than a call of the core may: each answer is a generator that yields now
+and then how much work it has done, in about microseconds, and returns the batches.
 """
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import TypeVar
 
 from shared.costs import Bilinear, SliceCost
 
+T = TypeVar("T")
 Batches = list[list[int]]
+Cuts = list[tuple[int, int]]
+CHUNK = 512
+"""Requests or batches looked at between two yields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """What batching may know."""
 
-    inputs: Sequence[int]
-    """Input tokens of each request."""
-    leases: Sequence[int]
-    """New tokens each may make in this slice."""
-    numbers: Sequence[int]
-    """Order of arrival, for `sorted`: the smallest is the oldest."""
+    order: Sequence[int]
+    """Numbers of requests, in the order of the policy."""
+    lengths: Sequence[tuple[int, int]]
+    """(input tokens, number), ascending: all who wait. Only for SORTED_BY_LENGTH."""
+    inputs: Callable[[int], int]
+    """Input tokens of a request."""
+    leases: Callable[[int], int]
+    """New tokens that a request may make in this slice."""
     cost: SliceCost
     slice_tokens: int
     size_limit: Callable[[int, int], int]
@@ -37,60 +46,97 @@ class Waiting:
     """With `spread_batches`: how many workers are idle. 0: no wish."""
 
 
-def fixed(waiting: Waiting) -> Batches:
+Batching = Callable[[Waiting], Generator[int, None, Batches]]
+
+
+def fixed(waiting: Waiting) -> Generator[int, None, Batches]:
     """The next `batch_size` requests, again and again. A batch that would not fit is cut short."""
     batches: Batches = []
     start = 0
-    while start < len(waiting.inputs) and len(batches) < waiting.batches_max:
-        batch = _fitting(
-            waiting, range(start, min(start + waiting.batch_size, len(waiting.inputs)))
-        )
+    while start < len(waiting.order) and len(batches) < waiting.batches_max:
+        candidates = waiting.order[start : start + waiting.batch_size]
+        batch = _fitting(waiting, candidates[0], candidates[1:])
         batches.append(batch)
         start += len(batch)
+        yield 3 * len(batch)
     return batches
 
 
-def sorted_window(waiting: Waiting) -> Batches:
-    """For each place: the oldest request, with the `batch_size - 1` others whose inputs make the
+def sorted_window(waiting: Waiting) -> Generator[int, None, Batches]:
+    """For each place: the first request, with the `batch_size - 1` others whose inputs make the
     tightest window around it. Sorting alone would starve the long ones where not everybody is
     placed in a round. (Our reading of "batch requests in input-length order".)"""
-    left = sorted(range(len(waiting.inputs)), key=lambda i: (waiting.inputs[i], i))
+    left = list(waiting.lengths)
+    yield len(left) // 100
+    taken: set[int] = set()
     batches: Batches = []
-    while left and len(batches) < waiting.batches_max:
-        oldest = min(range(len(left)), key=lambda place: waiting.numbers[left[place]])
-        window = _tightest(waiting, left, oldest)
-        batch = _fitting(waiting, [left[place] for place in window], keep=left[oldest])
+    for number in waiting.order:
+        if len(batches) >= waiting.batches_max:
+            break
+        if number in taken:
+            continue
+        place = bisect_left(left, (waiting.inputs(number), number))
+        if place == len(left) or left[place][1] != number:
+            continue  # it left, or changed, since this began
+        window = _tightest(left, place, waiting.batch_size)
+        others = [other for _, other in left[window.start : window.stop] if other != number]
+        batch = _fitting(waiting, number, others)
         batches.append(batch)
-        taken = set(batch)
-        left = [index for index in left if index not in taken]
+        taken.update(batch)
+        kept = [entry for entry in left[window.start : window.stop] if entry[1] not in taken]
+        left[window.start : window.stop] = kept
+        yield 6 * len(batch)
     return batches
 
 
-def dp(waiting: Waiting) -> Batches:
+def dp(waiting: Waiting) -> Generator[int, None, Batches]:
     """SCLS's dynamic programme over requests sorted by input length, as reconstructed: the cut
     with the least sum of estimated serving times. Contiguous cuts are the best of all partitions,
     because swapping a batch's shorter members for longer ones never raises anything."""
     cost = waiting.cost.slice(waiting.slice_tokens)
-    limits = [waiting.size_limit(length, waiting.slice_tokens) for length in waiting.inputs]
-    cuts = cheapest_cuts(waiting.inputs, limits, cost)
-    cuts = _spread(cuts, waiting.inputs, cost, waiting.batches_wanted)
-    return [list(range(start, end)) for start, end in cuts]
+    lengths = [length for length, _ in waiting.lengths]
+    limit_of: dict[int, int] = {}
+    for place, length in enumerate(lengths):
+        if length not in limit_of:
+            limit_of[length] = waiting.size_limit(length, waiting.slice_tokens)
+        if place % CHUNK == CHUNK - 1:
+            yield CHUNK
+    cuts = yield from _cutting(lengths, [limit_of[length] for length in lengths], cost)
+    cuts = yield from _spreading(cuts, lengths, cost, waiting.batches_wanted)
+    return [[number for _, number in waiting.lengths[start:end]] for start, end in cuts]
 
 
-BATCHINGS: dict[str, Callable[[Waiting], Batches]] = {
+BATCHINGS: dict[str, Batching] = {
     "fixed": fixed,
     "sorted": sorted_window,
     "dp": dp,
 }
+SORTED_BY_LENGTH = frozenset({"sorted", "dp"})
+"""These want the pool by input length, too."""
 
 
-def cheapest_cuts(
-    lengths: Sequence[int], limits: Sequence[int], cost: Bilinear
-) -> list[tuple[int, int]]:
+def cheapest_cuts(lengths: Sequence[int], limits: Sequence[int], cost: Bilinear) -> Cuts:
     """Half-open ranges of the sorted `lengths` with the least sum of cost.at(N, longest).
 
     `limits[i]` is the most rows of a batch whose longest input is lengths[i]; it must not rise
     with i (below 1 counts as 1).
+    """
+    return run_through(_cutting(lengths, limits, cost))
+
+
+def run_through(steps: Generator[int, None, T]) -> T:
+    """What the steps return, all of them taken at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def _cutting(
+    lengths: Sequence[int], limits: Sequence[int], cost: Bilinear
+) -> Generator[int, None, Cuts]:
+    """The steps of `cheapest_cuts`.
 
     The recurrence is SCLS's, f(e) = min over s of f(s) + (e - s) x slope(e) + fixed(e), and costs
     O(n x rows) if every s is tried. But slope(e) never falls with e, so once a later start is as
@@ -104,6 +150,7 @@ def cheapest_cuts(
     best = [0.0] * (count + 1)
     start_of = [0] * (count + 1)
     queue: deque[tuple[int, int]] = deque([(0, 1)])
+    yield count // 2
 
     def better_from(start: int, later: int) -> int:
         """The first end at which `later` is as good a start as `start`, or `start` too far."""
@@ -124,12 +171,14 @@ def cheapest_cuts(
             first = better_from(queue[-1][0], end)
         if first <= count:
             queue.append((end, first))
+        if end % CHUNK == 0:
+            yield 4 * CHUNK
     return _cuts(start_of)
 
 
-def _cuts(start_of: Sequence[int]) -> list[tuple[int, int]]:
+def _cuts(start_of: Sequence[int]) -> Cuts:
     """The ranges, first to last, from the best start of every end."""
-    cuts: list[tuple[int, int]] = []
+    cuts: Cuts = []
     end = len(start_of) - 1
     while end > 0:
         cuts.append((start_of[end], end))
@@ -137,9 +186,9 @@ def _cuts(start_of: Sequence[int]) -> list[tuple[int, int]]:
     return cuts[::-1]
 
 
-def _spread(
-    cuts: list[tuple[int, int]], inputs: Sequence[int], cost: Bilinear, batches_wanted: int
-) -> list[tuple[int, int]]:
+def _spreading(
+    cuts: Cuts, inputs: Sequence[int], cost: Bilinear, batches_wanted: int
+) -> Generator[int, None, Cuts]:
     """Split the dearest batch where its parts are most alike, until there are enough."""
 
     def price(start: int, end: int) -> float:
@@ -148,6 +197,7 @@ def _spread(
     heap = [(-price(start, end), start, end) for start, end in cuts if end - start > 1]
     heapify(heap)
     whole = [cut for cut in cuts if cut[1] - cut[0] == 1]
+    yield len(cuts)
     while heap and len(heap) + len(whole) < batches_wanted:
         _, start, end = heappop(heap)
         # The left part's price rises with the cut, the right part's falls.
@@ -160,31 +210,26 @@ def _spread(
                 heappush(heap, (-price(*part), *part))
             else:
                 whole.append(part)
+        yield 20
     return sorted(whole + [(start, end) for _, start, end in heap])
 
 
-def _tightest(waiting: Waiting, left: Sequence[int], place: int) -> range:
+def _tightest(left: Sequence[tuple[int, int]], place: int, batch_size: int) -> range:
     """The window of `batch_size` places in `left` around `place` with the least padding."""
-    size = min(waiting.batch_size, len(left))
+    size = min(batch_size, len(left))
     starts = range(max(0, place - size + 1), min(place, len(left) - size) + 1)
-
-    def spread(start: int) -> int:
-        return waiting.inputs[left[start + size - 1]] - waiting.inputs[left[start]]
-
-    best = min(starts, key=spread)
+    best = min(starts, key=lambda start: left[start + size - 1][0] - left[start][0])
     return range(best, best + size)
 
 
-def _fitting(waiting: Waiting, candidates: Sequence[int], keep: int = -1) -> list[int]:
-    """As many of the candidates as fit together, `keep` (or the first) always among them."""
-    first = keep if keep >= 0 else candidates[0]
+def _fitting(waiting: Waiting, first: int, others: Sequence[int]) -> list[int]:
+    """The first, and as many of the others as fit together with it."""
     batch = [first]
-    for index in candidates:
-        if index == first:
-            continue
-        longest = max(waiting.inputs[i] for i in (*batch, index))
-        iterations = max(waiting.leases[i] for i in (*batch, index))
+    longest, iterations = waiting.inputs(first), waiting.leases(first)
+    for number in others:
+        longest = max(longest, waiting.inputs(number))
+        iterations = max(iterations, waiting.leases(number))
         if len(batch) + 1 > waiting.size_limit(longest, iterations):
             break
-        batch.append(index)
+        batch.append(number)
     return batch

@@ -4,14 +4,19 @@ Workers are numbered as the round lists them. `turn` rotates from call to call, 
 round-robin do not always begin with the first worker.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heapreplace
 
-Assignment = list[tuple[int, int]]
-"""(batch, worker) pairs in the order of dispatch; a batch that fits nowhere is missing."""
+import numpy as np
+
+Assignment = Iterator[tuple[int, int]]
+"""(batch, worker) pairs in the order of dispatch, found as they are asked for; a batch that fits
+nowhere is missing."""
 
 Offload = Callable[[Sequence[float], Sequence[Sequence[int]], Sequence[float], int], Assignment]
-"""(estimates of the batches in seconds, the workers each fits on, loads in seconds, turn)."""
+"""(estimates of the batches in seconds, the workers each fits on in ascending order, loads in
+seconds, turn)."""
 
 
 def round_robin(
@@ -21,13 +26,13 @@ def round_robin(
     turn: int,
 ) -> Assignment:
     """The next worker in turn that the batch fits on, whatever its load."""
-    assignment: Assignment = []
     for batch in range(len(estimates)):
-        if allowed[batch]:
-            worker = min(allowed[batch], key=lambda w: (w - turn) % len(loads))
-            assignment.append((batch, worker))
+        targets = allowed[batch]
+        if targets:
+            place = bisect_left(targets, turn % len(loads))
+            worker = targets[place if place < len(targets) else 0]
+            yield batch, worker
             turn = worker + 1
-    return assignment
 
 
 def max_min(
@@ -40,16 +45,20 @@ def max_min(
     at that moment; ties rotate."""
     longest_first = sorted(range(len(estimates)), key=lambda b: -estimates[b])
     if all(len(targets) == len(loads) for targets in allowed):
-        return _to_least(longest_first, estimates, loads, turn)
-    loads = list(loads)
-    assignment: Assignment = []
+        yield from _to_least(longest_first, estimates, loads, turn)
+        return
+    now = np.array(loads, dtype=np.float64)
+    arrays = {id(targets): np.array(targets, dtype=np.intp) for targets in allowed}
     for batch in longest_first:
-        if allowed[batch]:
-            worker = min(allowed[batch], key=lambda w: (loads[w], (w - turn) % len(loads)))
-            assignment.append((batch, worker))
-            loads[worker] += estimates[batch]
-            turn = worker + 1
-    return assignment
+        targets = arrays[id(allowed[batch])]
+        if not targets.size:
+            continue
+        there = now[targets]
+        least = targets[there == there.min()]
+        worker = int(least[((least - turn) % len(loads)).argmin()])
+        yield batch, worker
+        now[worker] += estimates[batch]
+        turn = worker + 1
 
 
 def _to_least(
@@ -60,12 +69,10 @@ def _to_least(
     count = len(loads)
     heap = [(load, (worker - turn) % count, worker) for worker, load in enumerate(loads)]
     heapify(heap)
-    assignment: Assignment = []
     for age, batch in enumerate(batches, start=count):
         load, _, worker = heap[0]
-        assignment.append((batch, worker))
+        yield batch, worker
         heapreplace(heap, (load + estimates[batch], age, worker))
-    return assignment
 
 
 OFFLOADINGS: dict[str, Offload] = {"round-robin": round_robin, "max-min": max_min}

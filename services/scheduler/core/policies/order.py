@@ -1,14 +1,15 @@
-"""Order: who is next? A round of closed batches sorts the pool; leased requests wait in a queue.
+"""Order: who is next? The pool of closed policies is sorted; leased requests wait in a queue.
 
-`ORDERS` are the sorts, `queues.QUEUES` the queues. Both serve lower `priority` first.
+`ORDERS` are the ranks of the pool, `queues.QUEUES` the queues. Both serve lower `priority` first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from services.scheduler.core.state import Request
 
-Order = Callable[[Sequence[Request]], list[Request]]
+Order = Callable[[Request], int]
+"""Lower ranks first; of equal ranks who came first."""
 
 
 class Queue(Protocol):
@@ -37,16 +38,16 @@ class Queue(Protocol):
     def __len__(self) -> int: ...
 
 
-def fcfs(waiting: Sequence[Request]) -> list[Request]:
+def fcfs(request: Request) -> int:
     """First come, first served, by arrival in the mesh: a request that re-enters after a slice
     keeps its place (the papers leave open whether it goes to the tail)."""
-    return sorted(waiting, key=lambda r: (r.spec.priority, r.number))
+    return request.spec.priority
 
 
-def by_length(waiting: Sequence[Request]) -> list[Request]:
+def by_length(request: Request) -> int:
     """Shortest input first: what the dynamic programme needs. Priorities do not count, since the
     round that follows places everybody."""
-    return sorted(waiting, key=lambda r: (r.input_tokens, r.number))
+    return request.input_tokens
 
 
 ORDERS: dict[str, Order] = {"fcfs": fcfs, "by-length": by_length}

@@ -16,6 +16,8 @@ class Clock:
     least_load_s: float
     """Of the workers in use, right after the last round."""
     idle_workers: int
+    waiting: int
+    """Requests in the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,9 @@ class Pacing:
     """(tokens that remain) -> most new tokens in the next slice."""
     next_round_at: Callable[[Clock, Constants], float | None]
     """None: not before something happens."""
-    idle_workers_only: bool
-    """A worker gets its next batch when it has none; otherwise batches queue at the workers."""
+    deals: bool
+    """A worker with nothing to do is served at once, whatever waits; complete batches are also
+    dealt out ahead, to queue at the workers. Otherwise a round places everybody."""
 
 
 def _whole(remaining_tokens: int, constants: Constants) -> int:
@@ -38,9 +41,11 @@ def _slice(remaining_tokens: int, constants: Constants) -> int:
     return min(constants.slice_tokens, remaining_tokens)
 
 
-def _when_free(clock: Clock, constants: Constants) -> float | None:
-    """As soon as a worker has nothing to do: a static batch server that takes the next N."""
-    return clock.gathered_at if clock.idle_workers else None
+def _dealt(clock: Clock, constants: Constants) -> float | None:
+    """As soon as a complete batch waits, to be dealt to the next worker in turn, or a worker has
+    nothing to do: a static batch server does not wait for company then."""
+    complete = constants.deal_ahead and clock.waiting >= constants.batch_size
+    return clock.gathered_at if clock.idle_workers or complete else None
 
 
 def _ticked(clock: Clock, constants: Constants) -> float | None:
@@ -61,10 +66,9 @@ def _adaptive(clock: Clock, constants: Constants) -> float | None:
 
 
 PACINGS: dict[str, Pacing] = {
-    "whole": Pacing(_whole, _when_free, idle_workers_only=True),
-    "fixed": Pacing(_slice, _when_free, idle_workers_only=True),
-    "ticked": Pacing(_slice, _ticked, idle_workers_only=False),
-    "adaptive": Pacing(_slice, _adaptive, idle_workers_only=False),
+    "whole": Pacing(_whole, _dealt, deals=True),
+    "ticked": Pacing(_slice, _ticked, deals=False),
+    "adaptive": Pacing(_slice, _adaptive, deals=False),
 }
 
 
