@@ -24,6 +24,7 @@ from services.scheduler.core.settings import Constants
 
 Ints = NDArray[np.int64]
 Progress = Callable[[int, int], None]
+Look = Callable[[int, int, int], None]
 Lengths = tuple[int, int]
 """Prompt and output tokens of a request."""
 
@@ -77,14 +78,17 @@ def simulate(
     seed: int = 0,
     capacity_tokens: int = CAPACITY_TOKENS,
     progress: Progress = lambda done, total: None,
+    look: Look = lambda steps, finished, held_tokens: None,
 ) -> Tally:
     """Run one policy over the requests of `source`, in their order. `gate` is a name of GATES;
-    `seed` that of its draws; `progress` hears (requests taken, all)."""
+    `seed` that of its draws; `progress` hears (requests taken, all), `look` after each round what
+    was done and what is held."""
     run = _Run(source, gate, constants, seed, capacity_tokens)
     while not run.exhausted:
         run.ten_steps()
         run.round()
         progress(run.taken, len(source))
+        look(run.steps, run.finished, run.held)
     return run.tally()
 
 
@@ -120,6 +124,19 @@ class _Run:
         self._steps = self._finished = self._evictions = 0
         self._memory_sum = self._memory_samples = 0
         self._peak_sum = self._rounds = 0
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def finished(self) -> int:
+        return self._finished
+
+    @property
+    def held(self) -> int:
+        """Tokens of the running batch."""
+        return self._held
 
     def tally(self) -> Tally:
         memory = self._memory_sum / max(1, self._memory_samples) / self._capacity

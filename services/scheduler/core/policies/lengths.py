@@ -159,7 +159,8 @@ def prepare_lengths(
     ordered = np.sort(recent)
     if censored is not None and constants.censored_open and censored[-window:].any():
         ordered = _redistributed(recent, censored[-window:])
-    stand_ins = min(int(window * constants.cold_start_share), window - len(recent))
+    ends = min(window, constants.cold_start_ends or window)
+    stand_ins = min(int(window * constants.cold_start_share), ends - len(recent))
     if stand_ins > 0:
         value = constants.cold_start_tokens or OPEN_END
         ordered = np.sort(np.concatenate((ordered, np.full(stand_ins, value, dtype=np.int64))))

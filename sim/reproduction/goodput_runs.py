@@ -1,0 +1,192 @@
+"""One closed-loop run of the goodput part: a policy, a length set, N clients; what passed the SLA.
+
+All clients begin at once, so the first requests end in a wave, and the length history is empty:
+until the first `warm` requests have ended nothing counts, for all policies alike. Then so many more
+have to end that every client still has work; the drain is not simulated.
+
+Counting 100 to 200 ended requests is a noisy measure: which of them end within the time, the long
+or the short ones, moves it by 3 to 9 %. So goodput is taken as (output tokens made per second) /
+(mean output of the set) x (share of the output tokens of all that ended which belongs to requests
+within the SLA): the same rate without the luck at the two edges. The plain count is kept beside it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from shared.profiles import load_profile
+from sim.items import Workload
+from sim.mesh import SimMesh
+from sim.report import Record
+from sim.setup import Abort, Setup, Value
+from sim.slo import Slo
+from sim.tables import load_items
+from sim.workload import make_workload
+
+O1 = Path(__file__).parents[1] / "data" / "sharegpt_o1.csv"
+SETS = {"Dist-1": "dist-1", "Dist-2": "dist-2", "Dist-3": "dist-3", "ShareGPT-o1": str(O1)}
+SLO = Slo(ttft=10.0, gap=1.5)
+"""Of the source, per request, for models of 7B and 13B."""
+WAITING_S = 8.0
+"""Who has waited so long for a place is turned away, and its client sends its next request: the
+source's server, which leaves 2 s of the 10 to the prefill."""
+GAP_S = 1.49
+"""The source's server ends who has waited so long for a next token (not under `aggressive`)."""
+PROFILE = "llama-2-7b-a100"
+KV_TOKENS = 120_000
+"""Of the source's 7B server on one A100-80GB; a block is a token there."""
+
+PAST_FUTURE = "Past-Future"
+SOURCE_CONSERVATIVE = "conservative 12,000"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One run."""
+
+    lengths: str
+    clients: int
+    policy: str
+    """A label of the section; `preset` and `constants` say what it is."""
+    preset: str
+    constants: Mapping[str, Value] = field(default_factory=dict)
+    warm: int = 40
+    """Requests that end before anything counts."""
+    counted: int = 120
+    """Requests that end while it does."""
+    group: str = "main"
+    gap_abort: bool = False
+    kv_tokens: int = KV_TOKENS
+    profile: str = PROFILE
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came out."""
+
+    task: Task
+    goodput_rps: float
+    """Requests within the SLA per second, from the tokens made: see the module's text."""
+    counted_rps: float
+    """The same as a plain count."""
+    good_tps: float
+    """Their prompt and output tokens per second: the source's measure."""
+    ended: int
+    good: int
+    late: int
+    """Ended with too long a wait for the first token, or with too long a gap."""
+    turned_away: int
+    evictions: int
+    kv_util: float
+    batch: float
+    duration_s: float
+
+
+def setup_of(task: Task) -> Setup:
+    """The run's set-up. Every request carries the same limit, the longest output of its set, and
+    the true length stays with the worker."""
+    workload = make_workload(
+        SETS[task.lengths],
+        limit=task.warm + task.counted + task.clients,
+        clients=task.clients,
+        seed=task.seed,
+        shuffle=True,
+    )
+    return Setup(
+        policy=task.preset,
+        workload=workload,
+        profile=load_profile(task.profile),
+        constants=task.constants,
+        seed=task.seed,
+        slo=SLO,
+        kv_tokens=task.kv_tokens,
+        block_tokens=1,
+        max_tokens=longest_output(task.lengths, workload),
+        abort=Abort(waiting_s=WAITING_S, gap_s=GAP_S if task.gap_abort else None),
+        resubmit=True,
+    )
+
+
+def longest_output(lengths: str, workload: Workload) -> int:
+    """The limit that cuts none of the whole set short."""
+    known = {"Dist-1": 4096, "Dist-2": 5000, "Dist-3": 4096, "ShareGPT-o1": 10_935}
+    longest = max(item.output_tokens for item in workload.items)
+    assert longest <= known[lengths]
+    return known[lengths]
+
+
+def mean_output(lengths: str) -> float:
+    """Of the whole set."""
+    if lengths == "ShareGPT-o1":
+        return fmean(item.output_tokens for item in load_items(O1))
+    return {"Dist-1": 3072.0, "Dist-2": 4000.0, "Dist-3": 2064.0}[lengths]
+
+
+def run(task: Task, progress: Callable[[int, int], None]) -> Result:
+    """Simulate the warm-up and what counts."""
+    mesh = SimMesh(setup_of(task), progress=lambda done, total: watch(done))
+    most = task.warm + task.counted
+
+    def watch(done: int) -> None:
+        progress(done, most)
+        mesh.world.stopped = mesh.world.stopped or done in (task.warm, most)
+
+    mesh.start()
+    _until(mesh, task.warm)
+    before = _Before(mesh)
+    _until(mesh, most)
+    return _result(task, mesh, before)
+
+
+def _until(mesh: SimMesh, ended: int) -> None:
+    mesh.world.stopped = False
+    while mesh.clients.ended < ended:
+        so_far = mesh.clients.ended
+        mesh.world.run(mesh.world.now + mesh.setup.stalled_s)
+        assert mesh.clients.ended > so_far, "nobody has ended for an hour"
+        mesh.world.stopped = False
+
+
+class _Before:
+    """What was before anything counts."""
+
+    def __init__(self, mesh: SimMesh) -> None:
+        tally, worker = mesh.all_workers[0].tally, mesh.all_workers[0]
+        self.at = mesh.world.now
+        self.closed = {call.number for call in mesh.clients.calls if call.outcome is not None}
+        self.evictions = worker.counts.evictions
+        self.decode_tokens = tally.decode_tokens
+        self.kv_seconds = tally.kv_block_seconds
+        self.rows, self.iterations = tally.sequence_iterations, tally.iterations
+
+
+def _result(task: Task, mesh: SimMesh, before: _Before) -> Result:
+    calls = [c for c in mesh.clients.calls if c.outcome is not None]
+    records = [call.record(0.0) for call in calls if call.number not in before.closed]
+    done = [record for record in records if record.outcome == "completed"]
+    good = [record for record in done if passes(record)]
+    tally, counts = mesh.all_workers[0].tally, mesh.all_workers[0].counts
+    duration_s = mesh.world.now - before.at
+    made = tally.decode_tokens - before.decode_tokens
+    of_good = sum(r.output_tokens for r in good) / max(1, sum(r.output_tokens for r in records))
+    return Result(
+        task=task,
+        goodput_rps=made / mean_output(task.lengths) * of_good / duration_s,
+        counted_rps=len(good) / duration_s,
+        good_tps=sum(r.prompt_tokens + r.output_tokens for r in good) / duration_s,
+        ended=len(done),
+        good=len(good),
+        late=len(done) - len(good),
+        turned_away=len(records) - len(done),
+        evictions=counts.evictions - before.evictions,
+        kv_util=(tally.kv_block_seconds - before.kv_seconds) / task.kv_tokens / duration_s,
+        batch=(tally.sequence_iterations - before.rows) / (tally.iterations - before.iterations),
+        duration_s=duration_s,
+    )
+
+
+def passes(record: Record) -> bool:
+    """Whether it met the SLA."""
+    return SLO.met(record.ttft_s, record.tpot_s, record.gap_max_s, record.e2e_s)
