@@ -33,6 +33,12 @@ class Credit:
     def blocks_for(self, request: Request, until: int) -> int:
         return leased_blocks(request.prompt_tokens, until, self.block_tokens)
 
+    def rounded(self, request: Request, until: int) -> int:
+        """A lease up to `until`, to the end of its last block: as far as it can go without
+        reserving more."""
+        slots = self.blocks_for(request, until) * self.block_tokens
+        return min(max(until, slots - request.prompt_tokens + 1), request.spec.max_tokens)
+
     def take(self, request: Request, until: int) -> None:
         """A new lease here."""
         request.until = until

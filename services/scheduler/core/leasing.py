@@ -114,14 +114,22 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
         if request.state is not State.PLACED:
             credit.wanting.pop(request.request_id, None)
             continue
-        tokens = lease(request.output_tokens, constants)
+        tokens = min(lease(request.output_tokens, constants), _fair_share(worker, capacity))
         wanted = min(request.until + tokens, request.spec.max_tokens)
         until = _affordable(worker, request, wanted, capacity)
         if until > request.until:
             _grant(worker, request, until, round_)
-        else:
+        elif request.until <= request.output_tokens:
             _make_room(books, worker, round_.now)
             return
+
+
+def _fair_share(worker: Worker, capacity_blocks: int) -> int:
+    """What is free, divided among all who run: so that with little memory left none holds credit
+    that another needs now, and nobody is parked while others sit on unused leases."""
+    credit = worker.credit
+    free = (capacity_blocks - credit.blocks) * credit.block_tokens
+    return max(credit.block_tokens, free // max(1, len(credit.leases)))
 
 
 def _affordable(worker: Worker, request: Request, wanted: int, capacity: int) -> int:
@@ -307,14 +315,15 @@ def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> No
     if not out.batch_id:
         books.rounds.batches += 1
         out.batch_id = f"{books.epoch}-{books.rounds.batches}"
-    lease_tokens = _first_lease(books, request)
+    made = request.output_tokens
+    until = worker.credit.rounded(request, made + _first_lease(books, request))
     waited_s = max(0.0, now - request.since)
     gate = round_.gates.get(worker.info.worker)
     if gate is not None:
-        gate.add(_member(books, request, request.output_tokens + lease_tokens))
+        gate.add(_member(books, request, until))
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at = now, 0.0
-    worker.credit.take(request, request.output_tokens + lease_tokens)
+    worker.credit.take(request, until)
     books.lines.charge(request, worker, request.input_tokens, 0)
     books.board.update(worker)
     out.orders.append(
@@ -322,7 +331,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> No
             spec=request.spec,
             attempt=request.attempt,
             tokens=request.tokens,
-            lease_tokens=lease_tokens,
+            lease_tokens=until - made,
             pool_wait_s=waited_s,
         )
     )

@@ -56,7 +56,9 @@ VLLM: Mapping[str, Value] = MappingProxyType(
     {
         "slice_tokens": 16,  # a lease is a block [C: block size 16]
         "iteration_tokens": 2048,  # max_num_batched_tokens of the server on large GPUs [C]
-        "bind_backlog_tokens": 2048,
+        # Two iterations' worth: the next one is composed while one runs [C: asynchronous
+        # scheduling, on by default since 0.14].
+        "bind_backlog_tokens": 4096,
         "running_max": 256,  # max_num_seqs [C]
         "prompt_watermark": 0.0,  # V1 sets none aside [C]
     }
