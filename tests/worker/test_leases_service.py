@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace as changed
 
+from services.worker.engines.api import Engine, EngineError, StepReport
+from services.worker.engines.registry import ENGINES
+from services.worker.engines.simulated import make_simulated
 from services.worker.settings import WorkerSettings
 from shared.bus.api import Bus
 from shared.bus.connect import make_bus
@@ -178,3 +181,55 @@ async def test_closed_batches_on_the_same_engine(mesh: Mesh) -> None:
     await mesh.until(lambda: mesh.finish_of("a"))
     assert mesh.text("a") == ids
     assert count(spec.prompt) == 3
+
+
+async def test_a_closed_batch_beside_leases_goes_back(mesh: Mesh) -> None:
+    await mesh.say(leases(make_order(make_spec("a", max_tokens=30, sampling=NOT_SOON), 4)))
+    await mesh.until(lambda: len(heard(told(mesh, "a"))) == 4)
+    spec = make_spec("b", max_tokens=4, sampling=NOT_SOON)
+    await mesh.say(make_batch(make_order(spec, 4), batch_id="closed"))
+    await mesh.until(lambda: mesh.results[-1].batch_id == "closed")
+    assert "leases are held" in mesh.results[-1].refused
+    await mesh.say(Drop(epoch=1, worker=WORKER, request_id="a", attempt=1))
+    await mesh.say(make_batch(make_order(spec, 4), batch_id="again"))
+    await mesh.until(lambda: mesh.finish_of("b"))
+    assert len(mesh.text("b")) == 4
+
+
+async def test_what_a_failing_engine_has_made_is_good(
+    any_bus_url: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = ["the model failed: boom"]
+
+    def make(settings: WorkerSettings) -> Engine:
+        engine = make_simulated(settings)
+        step = engine.step
+
+        def failing() -> StepReport:
+            report = step()
+            if failures and any(t.position + len(t.ids) > 4 for t in report.tokens):
+                engine.cancel("a")
+                engine.cancel("b")
+                raise EngineError(failures.pop())
+            return report
+
+        monkeypatch.setattr(engine, "step", failing)
+        return engine
+
+    async def connect() -> Bus:
+        bus = make_bus(any_bus_url, service="test")
+        await bus.open()
+        return bus
+
+    monkeypatch.setitem(ENGINES, "simulated", make)
+    settings = WorkerSettings(model=str(llama), engine="simulated", name="w")
+    spec = make_spec("a", max_tokens=20, sampling=NOT_SOON)
+    async with a_mesh(connect, settings) as mesh:
+        await mesh.say(leases(make_order(spec, 20), make_order(changed(spec, request_id="b"), 20)))
+        await mesh.until(lambda: told(mesh, "a") and told(mesh, "a")[-1].evicted)
+        (last,) = [r for r in told(mesh, "b") if not r.resident]
+        assert (last.evicted, last.detail) == (True, "the model failed: boom")
+        ids = heard(told(mesh, "a"))
+        assert len(ids) >= 1
+        await mesh.say(leases(make_order(spec, 20, ids, attempt=2), batch_id="b2"))
+        await mesh.until(lambda: mesh.finish_of("a"))
