@@ -8,7 +8,7 @@ import pytest
 from services.scheduler.core.policies.future import peak
 from sim.memory_only import QUIRKS, Lengths, Tally, simulate
 from sim.past_future_source import FILE_SET, POLICIES, SETS, SOURCE_STEPS, requests_of
-from sim.past_future_table import Task, as_table, cell, run_task, tasks, verdict
+from sim.past_future_table import BLURRED, Task, as_table, cell, run_task, tasks, verdict
 
 O1 = requests_of(FILE_SET, 0)
 """The file's own 1,981 requests."""
@@ -108,7 +108,9 @@ def test_every_cell_of_the_table_has_runs_and_a_figure_of_the_source() -> None:
     runs = {(task.lengths, task.policy) for task in tasks(seeds=2)}
     assert runs == {(lengths, policy) for lengths in SETS for policy in POLICIES}
     assert set(SOURCE_STEPS) <= runs
-    assert len(tasks(seeds=5)) == len(runs) * 5 - 4 * 7  # what has no chance in it runs once
+    # What has no chance in it runs once; what is blurred over five seeds has twenty.
+    assert len(tasks(seeds=5)) == 5 * len(runs) - 4 * 7 + 15 * len(BLURRED)
+    assert runs >= BLURRED
 
 
 def test_a_run_beyond_the_tolerance_is_said_to_differ() -> None:
@@ -118,6 +120,17 @@ def test_a_run_beyond_the_tolerance_is_said_to_differ() -> None:
     assert verdict("Dist-1", "oracle", 296_006 * 1.011, 1.0, 0) == "differs"
     assert verdict(FILE_SET, "oracle", 71_180, 1.0, 0) == "differs"
     assert verdict(FILE_SET, "conservative 150 %", 1, 9.0, 0) == "reported only"
+
+
+def test_more_seeds_do_not_hide_what_the_first_ones_said() -> None:
+    oracle = [Tally(71_190, 1935, 0, 0.949, 0.995)]
+    near, far = Tally(73_900, 1000, 107, 0.9, 0.95), Tally(75_500, 1000, 107, 0.9, 0.95)
+    row = cell(FILE_SET, "past-future 10 %", [far] * 5 + [near] * 15, oracle)
+    assert (row.first.verdict, row.verdict) == ("differs", "agrees")
+    assert row.first.steps_ratio == pytest.approx(75_500 / 71_190)
+    assert row.seeds == 20
+    said = next(iter(as_table([row]).columns[-1].cells))
+    assert said == "agrees (differs over 5 seeds: x 1.061, 10.70 %)"
 
 
 def test_the_table_shows_ours_beside_the_source_s() -> None:
