@@ -116,6 +116,7 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
             continue
         tokens = min(lease(request.output_tokens, constants), _fair_share(worker, capacity))
         wanted = min(request.until + tokens, request.spec.max_tokens)
+        wanted = credit.rounded(request, wanted)
         until = _affordable(worker, request, wanted, capacity)
         if until > request.until:
             _grant(worker, request, until, round_)
