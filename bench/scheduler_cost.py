@@ -367,6 +367,8 @@ def main(
     runs = list(_runs(policy or list(PRESETS), waiting, growth=growth))
     for name, queue in track(runs, description="policies", console=console):
         costs.append(measure(name, queue, workers, events))
+        cost = costs[-1]
+        console.print(f"{name} {queue:,}: {1e3 * cost.mean_s:.3f}, {1e3 * cost.slowest_s:.1f} ms")
     console.print(_table(costs))
     results.mkdir(parents=True, exist_ok=True)
     file = results / f"scheduler-cost-{datetime.now(UTC):%Y-%m-%d}.json"
