@@ -157,6 +157,8 @@ def constants(pairs: Iterable[str], slice_tokens: int | None) -> dict[str, int |
         changed = with_overrides(Constants(), texts)
     except UnknownConstant as error:
         raise typer.BadParameter(str(error), param_hint="--set") from error
+    if changed.slice_tokens < 1:
+        raise typer.BadParameter("slice_tokens must be at least 1", param_hint="--set")
     return {name: getattr(changed, name) for name in known_names() if name in texts}
 
 

@@ -120,6 +120,15 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
     assert report("--kv-tokens", "800")["batch_size_mean"] < plain["batch_size_mean"]
 
 
+def test_a_load_that_fits_nowhere_is_reported_as_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    tiny = ("--kv-tokens", "16", "--workers", "1", "--policy", "scls,vllm", "--jobs", "1")
+    code, text = called(simulate, *SMALL, *RATE, *tiny, "--html", str(page))
+    assert code == 0, text
+    assert "vllm: 60 x" in text
+    assert "120 of 120 requests were refused or failed" in page.read_text(encoding="utf-8")
+
+
 def test_json_to_the_output_is_all_that_it_prints() -> None:
     app = typer.Typer()
     app.command()(simulate)
@@ -158,6 +167,7 @@ def test_a_plan_that_cannot_be_met_says_so() -> None:
         (("--policy", "vllm", "--profile", "nope"), "llama-2-13b-a100"),
         (("--policy", "vllm", "--set", "nope=1"), "known are"),
         (("--policy", "vllm", "--set", "nope"), "NAME=VALUE"),
+        (("--policy", "vllm", "--set", "slice_tokens=0"), "at least 1"),
         (("--policy", "vllm", "--slo", "speed=1"), "ttft=SECONDS"),
         (("--policy", "vllm", "--clients", "3"), "give one of --rate"),
         (("--policy", "vllm", "--trace", "none.csv"), "no such file"),
