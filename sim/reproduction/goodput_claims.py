@@ -149,16 +149,11 @@ def _quoted(handicapped: Sequence[Result]) -> Check:
 def _t5(grid: Grid) -> list[Check]:
     """The note's T5: the gap grows with N, and nothing collapses."""
     first = grid.clients[0]
-    gaps = [
-        (
-            lengths,
-            *(
-                1 / grid.share(lengths, n, SOURCE_CONSERVATIVE, (PAST_FUTURE,))
-                for n in (first, grid.largest)
-            ),
-        )
-        for lengths in grid.sets
-    ]
+
+    def gap(lengths: str, clients: int) -> float:
+        return 1 / grid.share(lengths, clients, SOURCE_CONSERVATIVE, (PAST_FUTURE,))
+
+    gaps = [(name, gap(name, first), gap(name, grid.largest)) for name in grid.sets]
     kept = {
         lengths: grid.at(lengths, grid.largest, PAST_FUTURE).goodput_rps
         / max(grid.at(lengths, n, PAST_FUTURE).goodput_rps for n in grid.clients)

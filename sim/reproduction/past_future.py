@@ -67,7 +67,7 @@ Outcome = TableRun | ColdStart | WindowLikeness
 def tasks(*, quick: bool) -> Sequence[Task]:
     """The table's runs, the longest first, then the two smaller questions."""
     runs = table_tasks(1 if quick else SEEDS)
-    cold_sets = COLD_SETS
+    cold_sets: Sequence[str] = COLD_SETS
     if quick:
         runs, cold_sets = [task for task in runs if task.lengths == FILE_SET], (FILE_SET,)
     cold = [ColdTask(lengths, start) for lengths in cold_sets for start in COLD_STARTS]

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from sim.past_future_source import FILE_SET, REPORTED_ONLY, is_certain
-from sim.past_future_table import EVICTIONS_TOLERANCE, STEPS_TOLERANCE, Cell
+from sim.past_future_table import (
+    EVICTIONS_TOLERANCE,
+    MORE_SEEDS,
+    SEEDS,
+    STEPS_TOLERANCE,
+    Cell,
+    First,
+)
 from sim.reproduction.past_future_text import SOURCE_LIKENESS
 from sim.reproduction.section import Check
 from sim.reproduction.similarity import WindowLikeness
@@ -36,11 +43,6 @@ def _table(cells: Sequence[Cell]) -> list[Check]:
     sure = [c for c in judged if is_certain(c.lengths, c.policy) and c.source_steps is not None]
     drawn = [cell for cell in judged if cell not in sure]
     exact = [cell for cell in sure if cell.verdict == "exact"]
-    close = [cell for cell in drawn if cell.verdict == "agrees"]
-    off = ", ".join(f"{cell.lengths} {cell.policy}" for cell in judged if cell.verdict == "differs")
-    worst = max(drawn, key=lambda cell: abs(_steps_off(cell)))
-    farthest = max(drawn, key=lambda cell: abs(cell.evictions_percent - cell.source[3]))
-    apart = farthest.evictions_percent - farthest.source[3]
     return [
         Check(
             claim="T2, deterministic rows: steps and evictions to the digit",
@@ -49,16 +51,8 @@ def _table(cells: Sequence[Cell]) -> list[Check]:
             got=f"{len(exact)}: " + ", ".join(f"{c.policy} {c.steps:,.0f}" for c in sure),
             holds=len(exact) == len(sure),
         ),
-        Check(
-            claim="T2, random rows: steps within 1 %, evictions within 2.5 points",
-            source="fact",
-            wanted=f"{len(drawn)} of {len(drawn)}, within {STEPS_TOLERANCE:.0%} and "
-            f"{EVICTIONS_TOLERANCE:g} points",
-            got=f"{len(close)}; farthest: {worst.lengths} {worst.policy} {_steps_off(worst):+.2%} "
-            f"of steps, {farthest.lengths} {farthest.policy} {apart:+.2f} points",
-            holds=len(close) == len(drawn),
-            why=f"differs: {off}" if off else "",
-        ),
+        _random_rows(drawn, first=True),
+        _random_rows(drawn, first=False),
         Check(
             claim="Conservative with overcommit of 125 and 150 %",
             source="fact",
@@ -73,10 +67,27 @@ def _table(cells: Sequence[Cell]) -> list[Check]:
     ]
 
 
-def _steps_off(cell: Cell) -> float:
-    if cell.source_steps is not None:
-        return cell.steps / cell.source_steps - 1
-    return cell.steps_ratio / cell.source[0] - 1
+def _random_rows(drawn: Sequence[Cell], *, first: bool) -> Check:
+    """Over the source's number of seeds, and over more of those that blur."""
+    seen: Sequence[Cell | First] = [cell.first if first else cell for cell in drawn]
+    off = [
+        f"{cell.lengths} {cell.policy}: {said.steps_ratio:.3f}x, {said.evictions_percent:.2f} %"
+        for cell, said in zip(drawn, seen, strict=True)
+        if said.verdict == "differs"
+    ]
+    seeds = f"{SEEDS} seeds" if first else f"{MORE_SEEDS} seeds where {SEEDS} are too few"
+    return Check(
+        claim=f"T2, random rows over {seeds}: steps within 1 %, evictions within 2.5 points",
+        source="fact",
+        wanted=f"{len(drawn)} of {len(drawn)} cells, within {STEPS_TOLERANCE:.0%} and "
+        f"{EVICTIONS_TOLERANCE:g} points",
+        got=f"{len(drawn) - len(off)} of {len(drawn)}" + "".join(f"; off: {cell}" for cell in off),
+        holds=not off,
+        why="the mean of five is itself uncertain by more than a quarter of the tolerance in some "
+        "cells; the next statement takes more seeds of exactly those"
+        if first and off
+        else "",
+    )
 
 
 def _t3(found: dict[tuple[str, str], Cell]) -> Check:

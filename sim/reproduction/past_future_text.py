@@ -7,11 +7,11 @@ from sim.reproduction.section import Table
 from sim.reproduction.similarity import Likeness, WindowLikeness
 
 TEXT = """\
-The experiment of the Past-Future authors' artifact, in which nothing but memory counts: one pool of
-120,000 KV tokens, ten decode steps and then an admission round, 3,000 requests of three uniform
-length sets (5 seeds) or the 1,981 of ShareGPT-o1 in file order. Every policy is a gate of our
-scheduler's core, run by `sim/memory_only.py`; the artifact's quirks are named settings
-(`QUIRKS`). It takes `python -m sim.past_future_table` to run this table alone.
+The experiment of the Past-Future authors' artifact, in which nothing but memory counts: one pool
+of 120,000 KV tokens, ten decode steps and then an admission round, 3,000 requests of three uniform
+length sets (5 seeds, 20 where five leave too much to chance) or the 1,981 of ShareGPT-o1 in file
+order. Every policy is a gate of our scheduler's core, run by `sim/memory_only.py`; the artifact's
+quirks are named settings (`QUIRKS`). `python -m sim.past_future_table` runs this table alone.
 
 The figures beside ours are those that our research note measured with the artifact's own code or
 its semantics. The paper's tables were not at hand. Of single runs of the artifact's scripts the
@@ -42,6 +42,7 @@ def main_table(cells: Sequence[Cell]) -> Table:
             (
                 cell.lengths,
                 cell.policy,
+                str(cell.seeds),
                 f"{cell.steps:,.0f}{known}",
                 f"{cell.steps_ratio:.3f} / {ratio:.3f}",
                 f"{cell.memory_percent:.1f} / {memory:.1f}",
@@ -55,6 +56,7 @@ def main_table(cells: Sequence[Cell]) -> Table:
         columns=(
             "lengths",
             "policy",
+            "seeds",
             "decode steps",
             "steps over the oracle's",
             "memory in use, %",
