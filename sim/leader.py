@@ -1,8 +1,8 @@
 """The leading scheduler in virtual time: the real core, its inbox, its wake-ups and its journal."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from time import process_time
+from dataclasses import dataclass, field
+from time import perf_counter, process_time
 from typing import Any, NamedTuple, Protocol
 
 from services.scheduler.core.presets import Preset
@@ -38,16 +38,29 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class Spent:
-    """CPU time of the core's calls, by this machine's clock: no part of the world."""
+    """Time of the core's calls, by this machine's clocks: no part of the world.
 
-    seconds: float = 0.0
+    The clock that is cheap enough to be read twice a call also counts the time in which others had
+    the processor. So its sum is scaled by the process's share of the processor during the run."""
+
+    wall_s: float = 0.0
     calls: int = 0
     longest_s: float = 0.0
+    """With what others took of it."""
+    _since_wall: float = field(default_factory=perf_counter)
+    _since_cpu: float = field(default_factory=process_time)
 
     def add(self, seconds: float) -> None:
-        self.seconds += seconds
+        """One call, by the clock."""
+        self.wall_s += seconds
         self.calls += 1
-        self.longest_s = max(self.longest_s, seconds)
+        if seconds > self.longest_s:
+            self.longest_s = seconds
+
+    def seconds(self) -> float:
+        """CPU seconds of all calls so far."""
+        wall_s = perf_counter() - self._since_wall
+        return self.wall_s * min(1.0, (process_time() - self._since_cpu) / max(wall_s, 1e-9))
 
 
 class Receiver(Protocol):
@@ -117,9 +130,9 @@ class Leader:
         if core is None:
             self._inbox.append(event)
             return
-        began = process_time()
+        began = perf_counter()
         commands = core.handle(event, self._world.now)
-        self.spent.add(process_time() - began)
+        self.spent.add(perf_counter() - began)
         self._take(event, commands)
 
     def _wake(self, armed_at: float) -> None:
@@ -134,9 +147,9 @@ class Leader:
         self._woken = self._woken + 1 if self._woken_at == now else 0
         self._woken_at = now
         assert self._woken < WAKES_MAX, "the core wants to be woken again and again"
-        began = process_time()
+        began = perf_counter()
         commands = core.wake(now)
-        self.spent.add(process_time() - began)
+        self.spent.add(perf_counter() - began)
         self._armed_at = float("inf")
         self._take(None, commands)
 

@@ -178,6 +178,6 @@ def _report(mesh: SimMesh, records: Sequence[Record], begun_at: float) -> Report
         else sum(tally.early_returns for tally in tallies) / max(1, batches),
         completion_time_std_s=pstdev(count.last_end_at - begun_at for count in counts),
         busy_time_std_s=pstdev(tally.busy_s for tally in tallies),
-        scheduler_cpu_s=mesh.leader.spent.seconds,
+        scheduler_cpu_s=mesh.leader.spent.seconds(),
         decisions=mesh.leader.spent.calls,
     )

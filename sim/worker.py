@@ -199,28 +199,28 @@ class SimWorker:
         """What scheduler and gateways say; orders of deposed leaders are dropped."""
         if not self.alive:
             return
-        if isinstance(message, FinishAck):
+        if type(message) is FinishAck:
             for request_id in message.request_ids:
                 self._kept.pop(request_id, None)
             return
-        if message.epoch < self.epoch:
-            return
-        if message.epoch > self.epoch:
+        if message.epoch != self.epoch:
+            if message.epoch < self.epoch:
+                return
             self.epoch = message.epoch
             self._say(listed=True)
-        match message:
-            case RunSlice():
-                self._order(message)
-            case Park():
-                self._park(message.request_id, message.attempt)
-            case Drop():
-                self._dropped(message)
-            case SendTokens():
-                self._send_again(message)
-            case DrainWorker():
-                self.drain()
-            case SchedulerBeat():
-                return
+        kind = type(message)
+        if kind is RunSlice:
+            self._order(message)
+        elif kind is SchedulerBeat:
+            return
+        elif kind is Park:
+            self._park(message.request_id, message.attempt)
+        elif kind is Drop:
+            self._dropped(message)
+        elif kind is SendTokens:
+            self._send_again(message)
+        elif kind is DrainWorker:
+            self.drain()
         self._arm()
 
     def die(self) -> None:

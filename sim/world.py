@@ -37,7 +37,7 @@ class World:
     def run(self, until: float) -> None:
         """Let everything happen up to and with `until`, or until `stopped` is set."""
         heap, pop = self._heap, heapq.heappop
-        at_once = 0
+        events, at_once = self.events, 0
         while heap and heap[0][0] <= until:
             when, _, action, what = pop(heap)
             if when > self.now:
@@ -45,9 +45,11 @@ class World:
             else:
                 at_once += 1
                 assert at_once < EVENTS_AT_ONCE_MAX, "time stands still"
-            self.events += 1
+            events += 1
             action(*what)
             if self.stopped:
+                self.events = events
                 return
+        self.events = events
         if until < float("inf"):
             self.now = max(self.now, until)
