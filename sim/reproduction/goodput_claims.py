@@ -1,6 +1,8 @@
 """What the goodput grid was to show."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, geometric_mean
 
 from sim.reproduction.goodput_runs import PAST_FUTURE, SOURCE_CONSERVATIVE, Result
 from sim.reproduction.section import Check
@@ -12,10 +14,14 @@ KEPT = 0.9
 
 
 class Grid:
-    """Goodput by length set, clients and policy."""
+    """Goodput by length set, clients and policy: the mean over the seeds, and the sum of counts."""
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self._cells = {(r.task.lengths, r.task.clients, r.task.policy): r for r in results}
+        found: dict[tuple[str, int, str], list[Result]] = {}
+        for r in results:
+            found.setdefault((r.task.lengths, r.task.clients, r.task.policy), []).append(r)
+        self._cells = {key: merged(runs) for key, runs in found.items()}
+        self.seeds = len({r.task.seed for r in results})
         self.sets = tuple(dict.fromkeys(r.task.lengths for r in results))
         self.clients = tuple(sorted({r.task.clients for r in results}))
         self.policies = tuple(dict.fromkeys(r.task.policy for r in results))
@@ -50,11 +56,28 @@ class Grid:
         return min(shares)
 
 
+def merged(runs: Sequence[Result]) -> Result:
+    """Runs that differ in their seed only, as one: rates and shares averaged, counts added."""
+    means = ("goodput_rps", "counted_rps", "good_tps", "kv_util", "batch")
+    sums = ("ended", "good", "late", "turned_away", "evictions", "duration_s")
+    changes = {name: fmean(getattr(run, name) for run in runs) for name in means}
+    changes |= {name: sum(getattr(run, name) for run in runs) for name in sums}
+    return replace(runs[0], **changes)
+
+
 def claims(
-    grid: Grid, larger: Sequence[Result], handicapped: Sequence[Result]
+    grid: Grid,
+    larger: Sequence[Result] = (),
+    handicapped: Sequence[Result] = (),
+    bound: Sequence[Result] = (),
 ) -> tuple[Check, ...]:
     """All that can be said of what was run."""
-    checks = [_always_near_the_best(grid), _nothing_fixed_is(grid), _over_source(grid)]
+    checks = [
+        _always_near_the_best(grid),
+        _nothing_fixed_is(grid),
+        _over_source(grid),
+        _over_source_everywhere(grid, bound),
+    ]
     if larger:
         checks.append(_over_source_larger(larger))
     if handicapped:
@@ -96,22 +119,45 @@ def _nothing_fixed_is(grid: Grid) -> Check:
     )
 
 
-def _over_source(grid: Grid) -> Check:
-    ratios = {
+def _ratios(grid: Grid) -> dict[str, float]:
+    return {
         lengths: grid.share(lengths, grid.largest, PAST_FUTURE, (SOURCE_CONSERVATIVE,))
         for lengths in grid.sets
     }
-    low = [f"{lengths} {ratio:.2f}x" for lengths, ratio in ratios.items() if ratio < OVER_SOURCE]
+
+
+def _over_source(grid: Grid) -> Check:
+    mean = geometric_mean(_ratios(grid).values())
     return Check(
-        claim=f"Past-Future over the source's conservative (12,000 charged) at N = {grid.largest}",
+        claim=f"Past-Future over the source's conservative (12,000 charged) at N = {grid.largest}, "
+        "mean over the sets",
+        source="ours",
+        wanted=f">= {OVER_SOURCE}x (geometric mean)",
+        got=f"{mean:.2f}x",
+        holds=mean >= OVER_SOURCE,
+    )
+
+
+def _over_source_everywhere(grid: Grid, bound: Sequence[Result]) -> Check:
+    ratios = _ratios(grid)
+    low = [lengths for lengths, ratio in ratios.items() if ratio < OVER_SOURCE]
+    limits = [
+        f"{r.task.lengths} {r.goodput_rps / source.goodput_rps:.2f}x"
+        for r in bound
+        if (source := grid.at(r.task.lengths, grid.largest, SOURCE_CONSERVATIVE)).goodput_rps > 0
+    ]
+    why = (
+        "an iteration of this model on this GPU is bound by reading the KV cache, so a batch twice "
+        "as large is far from twice as fast"
+    )
+    known = f"; with true lengths and no reserve: {', '.join(limits)}" if limits else ""
+    return Check(
+        claim="The same on each set",
         source="ours",
         wanted=f">= {OVER_SOURCE}x on every set",
         got=", ".join(f"{lengths} {ratio:.2f}x" for lengths, ratio in ratios.items()),
         holds=not low,
-        why=f"below: {', '.join(low)}; an iteration of this model on this GPU is bound by "
-        "reading the KV cache, so a batch twice as large is far from twice as fast"
-        if low
-        else "",
+        why=f"{why}{known}" if low else "",
     )
 
 

@@ -66,17 +66,18 @@ def verdicts(checks: tuple[Check, ...]) -> list[bool | None]:
 @pytest.mark.parametrize(
     ("past_future_at", "fixed_low", "source", "expected"),
     [
-        (0.98, 0.85, 0.5, [True, True, True]),
-        (0.96, 0.85, 0.5, [False, True, True]),
-        (0.98, 0.95, 0.5, [True, False, True]),
-        (0.98, 0.85, 0.7, [True, True, False]),
+        (0.98, 0.85, 0.5, [True, True, True, True]),
+        (0.96, 0.85, 0.5, [False, True, True, True]),
+        (0.98, 0.95, 0.5, [True, False, True, True]),
+        (0.98, 0.85, 0.655, [True, True, True, False]),
+        (0.98, 0.85, 0.7, [True, True, False, False]),
     ],
 )
 def test_each_statement_hangs_on_its_own_figures(
     past_future_at: float, fixed_low: float, source: float, expected: list[bool]
 ) -> None:
-    checks = claims(grid(past_future_at, fixed_low, source), (), ())
-    assert verdicts(checks[:3]) == expected
+    checks = claims(grid(past_future_at, fixed_low, source))
+    assert verdicts(checks[:4]) == expected
 
 
 def test_one_fixed_policy_that_is_good_everywhere_is_enough_to_fail() -> None:
@@ -89,13 +90,21 @@ def test_one_fixed_policy_that_is_good_everywhere_is_enough_to_fail() -> None:
             for policy in goodput.POLICIES
         )
     ]
-    assert claims(Grid(cells), (), ())[1].holds is False
+    assert claims(Grid(cells))[1].holds is False
+
+
+def test_seeds_are_averaged_and_their_counts_added() -> None:
+    one, two = (result("Dist-1", 10, PAST_FUTURE, rate) for rate in (1.0, 2.0))
+    whole = Grid([one, replace(two, task=replace(two.task, seed=2))])
+    assert whole.at("Dist-1", 10, PAST_FUTURE).goodput_rps == 1.5
+    assert whole.at("Dist-1", 10, PAST_FUTURE).ended == 200
+    assert whole.seeds == 2
 
 
 def test_a_collapse_past_saturation_is_seen() -> None:
     cells = [result("Dist-1", n, PAST_FUTURE, rate) for n, rate in ((10, 1.0), (100, 0.8))]
     cells += [result("Dist-1", n, SOURCE_CONSERVATIVE, 0.5) for n in (10, 100)]
-    assert claims(Grid(cells), (), ())[-1].holds is False
+    assert claims(Grid(cells))[-1].holds is False
 
 
 def test_the_picture_is_svg_with_a_line_for_each_policy() -> None:
