@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from services.scheduler.core.presets import Preset, UnknownPreset, preset_named
+from services.scheduler.core.presets import PRESETS, Preset, UnknownPreset, preset_named
 from services.scheduler.core.settings import Constants, with_overrides
 from shared.config import ServiceSettings, settings_config
 
@@ -29,8 +29,10 @@ class SchedulerSettings(ServiceSettings):
     model_config = settings_config("scheduler")
     service: ClassVar[str] = "scheduler"
 
-    policy: str = "scls"
-    """Preset: sls, so, pm, ab, lb or scls."""
+    policy: str = Field(
+        default="scls",
+        description=f"Preset: {', '.join(n for n, row in PRESETS.items() if not row.needs_truth)}.",
+    )
     slice_tokens: int = Field(default=64, ge=1)
     """S: most new tokens before a request is scheduled anew. Small slices react faster and waste
     less after a request's end; each pays for a prefill of all that went before."""
