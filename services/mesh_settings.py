@@ -28,7 +28,8 @@ class MeshSettings(CommandSettings):
     """How many workers, all in this process."""
     policy: str | None = Field(
         default=None,
-        description=f"Scheduling preset: {', '.join(PRESETS)} (default: the scheduler's).",
+        description=f"Scheduling preset: {', '.join(PRESETS)} (default: the scheduler's); or one "
+        "with other answers, such as vllm+offloading=sal-a (docs/policies.md).",
     )
     engine: str | None = None
     """What runs the slices: padded or simulated (default: the worker's)."""

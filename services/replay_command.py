@@ -20,7 +20,11 @@ LEASED = ("margin_tokens", "iteration_tokens", "prefill_first")
 def replay(
     file: Annotated[Path, typer.Argument(help="What a scheduler wrote with --journal FILE.")],
     policy: Annotated[
-        str, typer.Option(help="Another preset: where would it first have acted otherwise?")
+        str,
+        typer.Option(
+            help="Another preset, or a variant such as vllm+offloading=sal-a: where would it "
+            "first have acted otherwise?"
+        ),
     ] = "",
 ) -> None:
     """Run the recorded events through the core; exit code 3 at the first different decision.

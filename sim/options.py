@@ -33,7 +33,12 @@ Trace = Annotated[
 ]
 Profile = Annotated[str, typer.Option(help="Cost profile: a name in deploy/costs or a file.")]
 Policies = Annotated[
-    list[str], typer.Option("--policy", help="Preset; repeatable; 'all': every one.")
+    list[str],
+    typer.Option(
+        "--policy",
+        help="Preset, or one with other answers such as vllm+offloading=sal-a+binding=late "
+        "(docs/policies.md); repeatable; 'all': every preset.",
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Most requests.")]
 PromptCap = Annotated[int | None, typer.Option(help="Cuts longer prompts.")]

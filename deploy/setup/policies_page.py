@@ -33,6 +33,12 @@ A policy answers five questions: in what **order** those who wait are served, wh
 (**offloading**), and how long a slice is and when the next round comes (**pacing**). A preset is a
 row of answers; nothing in the scheduler asks for a preset by name.
 
+Wherever a policy is named (`--policy`, settings, journals) a preset may be varied:
+`NAME+question=answer[+question=answer...]`, such as `vllm+offloading=sal-a+binding=late`: all of
+`vllm`, its constants too, but for who gets a request and when. Questions are order, admission,
+batching, offloading and pacing; for leased presets also victim and binding (`late`, `early`).
+Answers are those of the tables below, of the preset's own form. `sal+larry` is a preset's name.
+
 Two forms of running a slice. `closed`: a padded batch that starts and ends together, as in SLS and
 SCLS. `leased`: each request has a lease of so many tokens in a batch that is continuous at
 iteration level; its KV stays on the worker between leases, and the next lease comes before the

@@ -5,11 +5,12 @@ the named system's code (through the research notes), [T] Tranche's own choice.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from services.scheduler.core.settings import Constants, known_names
+from services.scheduler.core.variants import UnknownAnswer, check, spelled
 from shared.messages import Form
 
 Binding = Literal["late", "early"]
@@ -18,12 +19,12 @@ NOTHING: Mapping[str, Value] = MappingProxyType({})
 
 
 class UnknownPreset(ValueError):
-    """A policy name that no row has."""
+    """A policy name that no row has, or a change to a row that cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Names in the dicts of `policies/`."""
+    """Names in the dicts of `policies/`; see `variants.QUESTIONS`."""
 
     name: str
     order: str
@@ -306,7 +307,19 @@ PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
 def preset_named(name: str) -> Preset:
-    """The row. Raises UnknownPreset, naming what there is."""
-    if name not in PRESETS:
-        raise UnknownPreset(f"unknown policy {name!r}; known are: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    """The row, or a variant of it (`vllm+offloading=sal-a`). Raises UnknownPreset, naming what
+    there is."""
+    try:
+        spelling = spelled(name, PRESETS)
+        if spelling.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UnknownPreset(f"unknown policy {spelling.preset!r}; known are: {known}")
+        row = PRESETS[spelling.preset]
+        check(spelling, row.form)
+    except UnknownAnswer as error:
+        raise UnknownPreset(str(error)) from error
+    if not spelling.changes:
+        return row
+    told = spelling.changes.get("admission", row.admission) == "oracle"
+    changes: dict[str, Any] = dict(spelling.changes)
+    return replace(row, name=spelling.name, needs_truth=told, **changes)

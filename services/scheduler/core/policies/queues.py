@@ -37,6 +37,12 @@ def sjf(constants: Constants, estimates: Estimates) -> Queue:
     return Ranked(lambda: Sorted(lambda r: (estimates.output_tokens(r),)), constants)
 
 
+def spf(constants: Constants, estimates: Estimates) -> Queue:
+    """Shortest prefill first, by input tokens, as SGLang's `shortest-prefill-first` [C]. Not aged:
+    it starves the long."""
+    return Ranked(lambda: Sorted(lambda r: (r.input_tokens,)), constants)
+
+
 def srpt(constants: Constants, estimates: Estimates) -> Queue:
     """Shortest predicted remaining output first, less `srpt_ageing_tokens_per_s` for each second
     of waiting [T]. All age alike, so the order of two that wait stays what it is."""
@@ -114,6 +120,7 @@ def _scanned(values: Callable[[Request], Key], keys: Keys, constants: Constants)
 QUEUES: dict[str, Callable[[Constants, Estimates], Queue]] = {
     "fcfs": fcfs,
     "sjf": sjf,
+    "spf": spf,
     "srpt": srpt,
     "mlfq": mlfq,
     "edf": edf,
