@@ -58,7 +58,7 @@ class FitFigures:
 
 def fit_tasks(*, quick: bool) -> list[FitTask]:
     """Both kinds."""
-    return [FitTask("grid"), FitTask("run", 160 if quick else 10_000)]
+    return [FitTask("grid"), FitTask("run", 120 if quick else 10_000)]
 
 
 def run_fit(task: FitTask) -> FitFigures:

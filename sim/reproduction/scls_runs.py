@@ -22,7 +22,7 @@ SLICE = 128
 """S [M]."""
 WORKERS = 8
 REQUESTS = 10_000
-QUICK_REQUESTS = 160
+QUICK_REQUESTS = 48
 OVERLOAD_RPS = 60.0
 BUSY_RPS = 20.0
 SEEDS = (1, 2, 3, 4, 5)
@@ -88,7 +88,7 @@ def worst_case_batch(share: float) -> int:
 
 
 def tasks(*, quick: bool) -> list[Task]:
-    """All runs; `quick`: 160 requests each, one seed, and only the ends of the sweeps."""
+    """All runs; `quick`: few requests, one seed, and only the ends of the sweeps."""
     whole = list(_tasks())
     if not quick:
         return whole
