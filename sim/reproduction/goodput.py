@@ -65,7 +65,7 @@ LARGER_MODEL = ("llama-2-13b-a100", 64_000)
 
 
 def tasks(*, quick: bool) -> Sequence[Task]:
-    """The smaller questions, whose runs are long, and the grid with two seeds."""
+    """The smaller questions, whose runs are long, and the grid."""
     if quick:
         return _grid(("Dist-3",), (10, 40), quick=True)
     return [
@@ -74,7 +74,6 @@ def tasks(*, quick: bool) -> Sequence[Task]:
         *_handicapped(),
         *_grid(tuple(SETS), CLIENTS[::-1], quick=False),
         *_bound(),
-        *(replace(task, seed=2) for task in _grid(tuple(SETS), CLIENTS[::-1], quick=False)),
     ]
 
 

@@ -4,28 +4,35 @@ All clients begin at once, so the first requests end in a wave, and the length h
 until the first `warm` requests have ended nothing counts, for all policies alike. Then so many more
 have to end that every client still has work; the drain is not simulated.
 
-Counting 100 to 200 ended requests is a noisy measure: which of them end within the time, the long
-or the short ones, moves it by 3 to 9 %. So goodput is taken as (output tokens made per second) /
+Counting 60 to 160 ended requests is a noisy measure: which of them end within the time, the long
+or the short ones, moves it by 3 to 9 %. So requests are taken and ordered evenly by their output
+length (`evenly`), and goodput is (output tokens made per second) /
 (mean output of the set) x (share of the output tokens of all that ended which belongs to requests
 within the SLA): the same rate without the luck at the two edges. The plain count is kept beside it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import fmean
 
 from shared.profiles import load_profile
-from sim.items import Workload
+from sim.items import Item, Workload
 from sim.mesh import SimMesh
 from sim.report import Record
 from sim.setup import Abort, Setup, Value
 from sim.slo import Slo
-from sim.tables import load_items
+from sim.synthetic import is_synthetic
 from sim.workload import make_workload
 
 O1 = Path(__file__).parents[1] / "data" / "sharegpt_o1.csv"
 SETS = {"Dist-1": "dist-1", "Dist-2": "dist-2", "Dist-3": "dist-3", "ShareGPT-o1": str(O1)}
+LIMITS = {"Dist-1": 4096, "Dist-2": 5000, "Dist-3": 4096, "ShareGPT-o1": 10_935}
+"""`max_tokens` of every request: the longest output of its set."""
+DRAWN = 4_000
+"""Of the synthetic sets, from which requests are taken evenly."""
+STRATA = 20
 SLO = Slo(ttft=10.0, gap=1.5)
 """Of the source, per request, for models of 7B and 13B."""
 WAITING_S = 8.0
@@ -87,13 +94,12 @@ class Result:
 def setup_of(task: Task) -> Setup:
     """The run's set-up. Every request carries the same limit, the longest output of its set, and
     the true length stays with the worker."""
-    workload = make_workload(
-        SETS[task.lengths],
-        limit=task.warm + task.counted + task.clients,
-        clients=task.clients,
-        seed=task.seed,
-        shuffle=True,
-    )
+    source = SETS[task.lengths]
+    drawn = DRAWN if is_synthetic(source) else None
+    whole = make_workload(source, limit=drawn, clients=task.clients, seed=task.seed)
+    count = task.warm + task.counted + task.clients
+    items = evenly(whole.items, count, Random(f"order {task.seed}"))
+    workload = Workload(task.lengths, items, task.clients)
     return Setup(
         policy=task.preset,
         workload=workload,
@@ -103,25 +109,28 @@ def setup_of(task: Task) -> Setup:
         slo=SLO,
         kv_tokens=task.kv_tokens,
         block_tokens=1,
-        max_tokens=longest_output(task.lengths, workload),
+        max_tokens=LIMITS[task.lengths],
         abort=Abort(waiting_s=WAITING_S, gap_s=GAP_S if task.gap_abort else None),
         resubmit=True,
     )
 
 
-def longest_output(lengths: str, workload: Workload) -> int:
-    """The limit that cuts none of the whole set short."""
-    known = {"Dist-1": 4096, "Dist-2": 5000, "Dist-3": 4096, "ShareGPT-o1": 10_935}
-    longest = max(item.output_tokens for item in workload.items)
-    assert longest <= known[lengths]
-    return known[lengths]
-
-
-def mean_output(lengths: str) -> float:
-    """Of the whole set."""
-    if lengths == "ShareGPT-o1":
-        return fmean(item.output_tokens for item in load_items(O1))
-    return {"Dist-1": 3072.0, "Dist-2": 4000.0, "Dist-3": 2064.0}[lengths]
+def evenly(items: Sequence[Item], count: int, rng: Random) -> tuple[Item, ...]:
+    """So many of the items, spread evenly over their output lengths, in an order of which every
+    STRATA in a row have short and long ones alike: else which ones a run's time happens to hold
+    would weigh more than the policy."""
+    ranked = sorted(items, key=lambda item: item.output_tokens)
+    chosen = [ranked[(2 * i + 1) * len(ranked) // (2 * count)] for i in range(count)]
+    size = -(-count // STRATA)
+    strata = [chosen[at : at + size] for at in range(0, count, size)]
+    for stratum in strata:
+        rng.shuffle(stratum)
+    ordered: list[Item] = []
+    for place in range(size):
+        block = [stratum[place] for stratum in strata if place < len(stratum)]
+        rng.shuffle(block)
+        ordered += block
+    return tuple(ordered)
 
 
 def run(task: Task, progress: Callable[[int, int], None]) -> Result:
@@ -170,10 +179,11 @@ def _result(task: Task, mesh: SimMesh, before: _Before) -> Result:
     tally, counts = mesh.all_workers[0].tally, mesh.all_workers[0].counts
     duration_s = mesh.world.now - before.at
     made = tally.decode_tokens - before.decode_tokens
+    mean_output = fmean(item.output_tokens for item in mesh.setup.workload.items)
     of_good = sum(r.output_tokens for r in good) / max(1, sum(r.output_tokens for r in records))
     return Result(
         task=task,
-        goodput_rps=made / mean_output(task.lengths) * of_good / duration_s,
+        goodput_rps=made / mean_output * of_good / duration_s,
         counted_rps=len(good) / duration_s,
         good_tps=sum(r.prompt_tokens + r.output_tokens for r in good) / duration_s,
         ended=len(done),
