@@ -337,7 +337,7 @@ async def test_a_policy_that_no_worker_can_run_is_refused_with_advice(mesh: Mesh
 
 
 def test_unknown_names_are_errors_that_list_the_known() -> None:
-    with pytest.raises(ValueError, match="known are: sls, so, pm, ab, lb, scls"):
+    with pytest.raises(ValueError, match="known are: sls, ils, so, pm, ab, lb, scls"):
         SchedulerSettings(policy="best")
     with pytest.raises(ValueError, match=r"unknown constant 'gama'.*interval_floor_s"):
         SchedulerSettings(set={"gama": "1"})
