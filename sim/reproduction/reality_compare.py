@@ -119,7 +119,7 @@ def compared(real: RealRun, outcome: Outcome) -> Comparison:
     duration_s = max(record.last_token_s or 0.0 for record in records)
     tokens = float(real.output_tokens.sum())
     head = slice(FIRST_REQUESTS)
-    figures = [
+    figures: list[Figure | None] = [
         *_latency("TTFT", ttft, real.ttft_s),
         *_latency("TPOT", tpot, real.tpot_s),
         *_latency("end to end", e2e, real.e2e_s),
@@ -148,9 +148,10 @@ def compared(real: RealRun, outcome: Outcome) -> Comparison:
 
 
 def _latency(name: str, ours: Floats, real: Floats) -> list[Figure]:
+    late, late_real = (float(np.percentile(values, 99)) for values in (ours, real))
     return [
         _relative(f"{name}, mean", "s", float(ours.mean()), float(real.mean()), 0.05),
-        _relative(f"{name}, p99", "s", *(float(np.percentile(x, 99)) for x in (ours, real)), 0.10),
+        _relative(f"{name}, p99", "s", late, late_real, 0.10),
     ]
 
 
