@@ -74,6 +74,7 @@ def claims(
     """All that can be said of what was run."""
     checks = [
         _always_near_the_best(grid),
+        _by_other_measures(grid),
         _nothing_fixed_is(grid),
         _over_source(grid),
         _over_source_everywhere(grid, bound),
@@ -102,6 +103,34 @@ def _always_near_the_best(grid: Grid) -> Check:
         got=f"least {share:.3f}x ({where}); below at {len(misses)} of {points}",
         holds=not misses,
         why="; ".join(misses),
+    )
+
+
+def _by_other_measures(grid: Grid) -> Check:
+    """Noisier, and without our reasoning."""
+    points = [(lengths, clients) for lengths in grid.sets for clients in grid.clients]
+
+    def said(measure: str) -> str:
+        ratios = []
+        for lengths, clients in points:
+            ours = getattr(grid.at(lengths, clients, PAST_FUTURE), measure)
+            others = [getattr(grid.at(lengths, clients, p), measure) for p in grid.baselines]
+            ratios.append((ours / max(*others, 1e-9), lengths, clients))
+        least, lengths, clients = min(ratios)
+        low = sum(ratio < ENOUGH for ratio, _, _ in ratios)
+        mean = geometric_mean(max(ratio, 1e-9) for ratio, _, _ in ratios)
+        return (
+            f"mean {mean:.2f}x, least {least:.2f}x ({lengths}, N = {clients}), below {ENOUGH} at "
+            f"{low} of {len(points)}"
+        )
+
+    return Check(
+        claim="The same by two noisier measures, against the luckiest of seven baselines",
+        source="ours",
+        wanted="reported",
+        got=f"plain count of requests: {said('counted_rps')}; tokens/s of passing requests: "
+        f"{said('good_tps')}",
+        holds=None,
     )
 
 

@@ -6,9 +6,11 @@ have to end that every client still has work; the drain is not simulated.
 
 Counting 60 to 160 ended requests is a noisy measure: which of them end within the time, the long
 or the short ones, moves it by 3 to 9 %. So requests are taken and ordered evenly by their output
-length (`evenly`), and goodput is (output tokens made per second) /
-(mean output of the set) x (share of the output tokens of all that ended which belongs to requests
-within the SLA): the same rate without the luck at the two edges. The plain count is kept beside it.
+length (`evenly`), and goodput is measured by work. What bounds an iteration is reading the KV
+cache, so a request's work is the sum of its contexts over its output tokens, p L + L^2 / 2. Goodput
+is (tokens made per second x mean context) / (mean work of a request) x (share of the output that
+belongs to requests within the SLA). In the long run that is the number of such requests per second,
+without the luck of what a short run holds. The plain count is kept beside it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +77,7 @@ class Result:
 
     task: Task
     goodput_rps: float
-    """Requests within the SLA per second, from the tokens made: see the module's text."""
+    """Requests within the SLA per second, by work: see the module's text."""
     counted_rps: float
     """The same as a plain count."""
     good_tps: float
@@ -179,11 +181,14 @@ def _result(task: Task, mesh: SimMesh, before: _Before) -> Result:
     tally, counts = mesh.all_workers[0].tally, mesh.all_workers[0].counts
     duration_s = mesh.world.now - before.at
     made = tally.decode_tokens - before.decode_tokens
-    mean_output = fmean(item.output_tokens for item in mesh.setup.workload.items)
+    kv_util = (tally.kv_block_seconds - before.kv_seconds) / task.kv_tokens / duration_s
+    batch = (tally.sequence_iterations - before.rows) / (tally.iterations - before.iterations)
+    work = made * kv_util * task.kv_tokens / batch
+    mean_work = fmean(work_of(item) for item in mesh.setup.workload.items)
     of_good = sum(r.output_tokens for r in good) / max(1, sum(r.output_tokens for r in records))
     return Result(
         task=task,
-        goodput_rps=made / mean_output * of_good / duration_s,
+        goodput_rps=work / mean_work * of_good / duration_s,
         counted_rps=len(good) / duration_s,
         good_tps=sum(r.prompt_tokens + r.output_tokens for r in good) / duration_s,
         ended=len(done),
@@ -191,10 +196,15 @@ def _result(task: Task, mesh: SimMesh, before: _Before) -> Result:
         late=len(done) - len(good),
         turned_away=len(records) - len(done),
         evictions=counts.evictions - before.evictions,
-        kv_util=(tally.kv_block_seconds - before.kv_seconds) / task.kv_tokens / duration_s,
-        batch=(tally.sequence_iterations - before.rows) / (tally.iterations - before.iterations),
+        kv_util=kv_util,
+        batch=batch,
         duration_s=duration_s,
     )
+
+
+def work_of(item: Item) -> float:
+    """The sum of its contexts over its output tokens."""
+    return item.output_tokens * (item.prompt_tokens + item.output_tokens / 2)
 
 
 def passes(record: Record) -> bool:
