@@ -13,7 +13,7 @@ from shared.messages import FinishAck, GatewayBeat, RequestSpec, TokenBatch
 from sim.clients import Call
 from sim.setup import Abort
 from sim.text import prompt_of
-from sim.worker import Times
+from sim.worker_books import Times
 from sim.world import World
 
 BEAT_S = 1.0

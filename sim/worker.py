@@ -5,16 +5,14 @@ keeps what a finish may need until the gateway confirms it, beats, drains, and d
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from services.worker.core.pretend_parts import Noise, Progress, Spans, Tally, noise_of
 from shared.messages import (
     DrainWorker,
     Drop,
     FinishAck,
-    FinishReason,
     Form,
     Park,
     Resident,
@@ -34,6 +32,7 @@ from shared.messages import (
 from sim.network import CALM, Network
 from sim.setup import Setup
 from sim.text import output, output_begins
+from sim.worker_books import Counts, Held, Times, run_of
 from sim.world import World
 
 BEAT_S = 0.5
@@ -42,17 +41,6 @@ STREAMED_S = 0.025
 KEPT_MAX = 10_000
 BATCH_IDS_MAX = 4_096
 UNKNOWN_REQUEST = "unknown request"
-
-
-class Times(NamedTuple):
-    """When the tokens of one run were there: what a client sees of a stream without asking."""
-
-    at: float
-    """When the worker sent them; what comes later is the network's."""
-    first: bool
-    first_at: float
-    last_at: float
-    gap_s: float
 
 
 class Mesh(Protocol):
@@ -70,41 +58,6 @@ class Mesh(Protocol):
         """Where the model would end this output."""
 
     def gone(self, worker: str) -> None: ...
-
-
-@dataclass(slots=True)
-class Held:
-    """A request that is here, or was: what is needed to stream it."""
-
-    attempt: int
-    gateway: str
-    begins: int
-    """Of its text."""
-    start: int
-    """Position at which this attempt began."""
-    end: int
-    """Position up to which it was reported."""
-    sent: int
-    """Position up to which its tokens went to the gateway."""
-    gap_s: float = 0.0
-    """The longest between tokens that were not sent yet."""
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(slots=True)
-class Counts:
-    """Of one worker, by its own truth."""
-
-    slices: int = 0
-    evictions: int = 0
-    evicted: dict[str, int] = None  # type: ignore[assignment]
-    invalid_tokens: int = 0
-    pad_tokens: int = 0
-    last_end_at: float = 0.0
-    batch_rows: int = 0
-
-    def __post_init__(self) -> None:
-        self.evicted = {}
 
 
 class SimWorker:
@@ -229,7 +182,7 @@ class SimWorker:
         for request_id, attempt, position in self._positions(max(0.0, streamed)):
             held = self._held.get(request_id)
             if held is not None and held.attempt == attempt and position > held.sent:
-                self._stream(held.gateway, [_run(request_id, held, held.sent, position)], [None])
+                self._stream(held.gateway, [run_of(request_id, held, held.sent, position)], [None])
         self.alive = False
         self._mesh.gone(self.boot)
 
@@ -365,7 +318,7 @@ class SimWorker:
             first_at, last_at = (told.at, told.at) if silent else (told.first_at, told.last_at)
             times = Times(self._world.now, told.first, first_at, last_at, held.gap_s)
             runs, all_times = streams.setdefault(held.gateway, ([], []))
-            runs.append(_run(told.request_id, held, held.sent, held.end))
+            runs.append(run_of(told.request_id, held, held.sent, held.end))
             all_times.append(times)
             held.sent, held.gap_s = held.end, 0.0
         if not told.resident:
@@ -419,26 +372,14 @@ class SimWorker:
             positions = self._positions(self._world.now)
             position = next((at for name, _, at in positions if name == request_id), held.end)
             if wanted < position:
-                self._stream(held.gateway, [_run(request_id, held, wanted, position)], [None])
+                self._stream(held.gateway, [run_of(request_id, held, wanted, position)], [None])
                 held.sent = max(held.sent, position)
             return
         kept = self._kept.get(request_id)
         if kept is not None and kept.attempt == attempt and kept.start <= wanted <= kept.end:
-            run = _run(request_id, kept, wanted, kept.end)
+            run = run_of(request_id, kept, wanted, kept.end)
             if run.ids or run.finish_reason:
                 self._stream(kept.gateway, [run], [None])
                 return
         result = SliceResult(request_id=request_id, attempt=attempt, position=wanted)
         self._done("", (result,), refused=UNKNOWN_REQUEST)
-
-
-def _run(request_id: str, held: Held, start: int, end: int) -> TokenRun:
-    reason = held.finish_reason if end == held.end else None
-    return TokenRun(
-        request_id=request_id,
-        attempt=held.attempt,
-        position=start,
-        ids=output(held.begins, start, end - start),
-        finish_reason=reason,
-        ending_token=reason == "stop",
-    )
