@@ -58,11 +58,20 @@ class Grid:
 
 def merged(runs: Sequence[Result]) -> Result:
     """Runs that differ in their seed only, as one: rates and shares averaged, counts added."""
-    means = ("goodput_rps", "counted_rps", "good_tps", "kv_util", "batch")
-    sums = ("ended", "good", "late", "turned_away", "evictions", "duration_s")
-    changes = {name: fmean(getattr(run, name) for run in runs) for name in means}
-    changes |= {name: sum(getattr(run, name) for run in runs) for name in sums}
-    return replace(runs[0], **changes)
+    return replace(
+        runs[0],
+        goodput_rps=fmean(run.goodput_rps for run in runs),
+        counted_rps=fmean(run.counted_rps for run in runs),
+        good_tps=fmean(run.good_tps for run in runs),
+        kv_util=fmean(run.kv_util for run in runs),
+        batch=fmean(run.batch for run in runs),
+        ended=sum(run.ended for run in runs),
+        good=sum(run.good for run in runs),
+        late=sum(run.late for run in runs),
+        turned_away=sum(run.turned_away for run in runs),
+        evictions=sum(run.evictions for run in runs),
+        duration_s=sum(run.duration_s for run in runs),
+    )
 
 
 def claims(
