@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
-from scipy.optimize import nnls
 
 from shared.messages import SliceTimings
 
@@ -179,6 +178,8 @@ def _fit(samples: Sequence[tuple[Row, float]], prior: Bilinear) -> Bilinear:
         anchor = (float(batch_size * tokens), float(batch_size), float(tokens), 1.0)
         rows.append([ANCHOR_WEIGHT * x / expected for x in anchor])
         targets.append(ANCHOR_WEIGHT)
+    from scipy.optimize import nnls  # on demand: it takes a second to load, and leases need none
+
     matrix = np.array(rows)
     norms = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     solution, _ = nnls(matrix / norms, np.array(targets))

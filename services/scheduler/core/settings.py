@@ -212,6 +212,10 @@ class Constants:
     """An order older than this that its worker does not list among its residents is lost [T]."""
 
 
+AT_LEAST_ONE = frozenset({"slice_tokens", "batch_size", "batches_max", "gate_tests_max"})
+"""With 0 of these nothing would ever run."""
+
+
 def known_names() -> list[str]:
     """What `--set` accepts."""
     return [field.name for field in fields(Constants)]
@@ -237,6 +241,8 @@ def _parse(name: str, text: str, kind: type) -> int | float | bool:
         raise UnknownConstant(f"{name} wants {_wanted(kind)}, not {text!r}") from None
     if not 0 <= number < float("inf"):
         raise UnknownConstant(f"{name} must be finite and not negative, not {text!r}")
+    if number < 1 and name in AT_LEAST_ONE:
+        raise UnknownConstant(f"{name} must be at least 1, not {text!r}")
     return number
 
 
