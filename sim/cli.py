@@ -12,6 +12,7 @@ from services.scheduler.core.presets import preset_named
 from sim import options
 from sim.comparison import comparison_table
 from sim.html_report import Heading, NoPlotly, plotly_script, write_html
+from sim.known_error import known_error
 from sim.parallel import RunFailed
 from sim.report import Report
 from sim.report_table import report_table
@@ -119,6 +120,7 @@ def show(runs: Sequence[Run], console: Console) -> None:
     for report in reports:
         for cause, count in sorted(report.errors.items(), key=lambda pair: -pair[1])[:3]:
             console.print(f"{report.policy}: {count} x {cause}", markup=False)
+    console.print(known_error(), style="dim", highlight=False)
 
 
 def heading_of(tasks: Sequence[Task]) -> Heading:
@@ -135,6 +137,7 @@ def heading_of(tasks: Sequence[Task]) -> Heading:
         "constants": changed or "the policies' own",
         "made by": "tranche simulate: the scheduler's own core in virtual time; the workers and "
         "their times are simulated from the cost profile",
+        "error": known_error(),
     }
     names = list(dict.fromkeys(task.setup.policy for task in tasks))
     title = f"{names[0]} in simulation" if len(names) == 1 else "Policies in simulation"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.setup import file_tree, metrics_page, policies_page, settings_page
+from deploy.setup import error_note, file_tree, metrics_page, policies_page, settings_page
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES: dict[str, Callable[[], str]] = {
@@ -16,6 +16,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "metrics.md": metrics_page.page,
     "policies.md": policies_page.page,
     "settings.md": settings_page.page,
+    "simulation.md": error_note.page,
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sim.known_error import known_error
 from sim.reproduction.section import Check, Section, Table
 
 HEAD = """# Reproduction
@@ -20,7 +21,7 @@ MARKS = {True: "yes", False: "**no**", None: "reported"}
 
 def document(sections: Sequence[Section]) -> str:
     """The whole page as Markdown."""
-    parts = [HEAD, _summary(sections)]
+    parts = [HEAD, f"Simulated figures: {known_error()}.\n", _summary(sections)]
     for section in sections:
         parts.append(f"## {section.title}\n\n{section.text.strip()}\n")
         if section.checks:

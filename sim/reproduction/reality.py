@@ -55,10 +55,12 @@ What remains: the profile adds up kernels of an eager run, and a decode step of 
 comes out 1 to 5 % longer than the log shows (tokens a second over running requests, in seconds
 without prefill). The fit is within 1.3 % of the profile's table there, so most of this is the
 table's; compiled kernels and CUDA graphs, which the real run had, are its likely cause. The
-engine's first iteration took about 0.37 s longer than later ones of its size, which is not modelled
-and shows in the first requests' TTFT. What requests share among each other is not in the files, so
-only a request's own blocks are found. When memory is full, who is preempted hangs on single blocks:
-the rows with noise show how far figures move by chance alone.
+engine's first iteration took about 0.37 s longer than later ones of its size, which is not
+modelled: it is most of the error of the first requests' TTFT (with arrivals held back for so long,
+tried once, the first 40 are at +2.7 %; as it is, the 13th to 40th are at -2.5 %). What requests
+share among each other is not in the files, so only a request's own blocks are found. When memory is
+full, who is preempted hangs on single blocks: the rows with noise show how far figures move by
+chance alone.
 """
 
 
