@@ -7,9 +7,10 @@ from sim.reproduction.real_run import Floats
 from sim.reproduction.reality_compare import Comparison
 
 WIDTH, PANEL, GAP = 760, 150, 46
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 58, 50
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 72, 50
 REAL, OURS = "#555555", "#c4520a"
-TICKS_X = 6
+STEPS_S = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+TICKS_MAX = 8
 
 
 def curves_svg(comparison: Comparison, title: str) -> str:
@@ -44,8 +45,9 @@ def _panel(top: float, name: str, times_s: Floats, ours: Floats, real: Floats) -
             f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#dddddd"/>'
         )
         parts.append(_text(LEFT - 6, y + 4, f"{share * most:.4g}", "end"))
-    for tick in range(TICKS_X):
-        at = end * tick / (TICKS_X - 1)
+    step = next((s for s in STEPS_S if end / s <= TICKS_MAX), end)
+    for tick in range(int(end / step) + 1):
+        at = tick * step
         x = LEFT + at / end * (WIDTH - LEFT - RIGHT)
         parts.append(_text(x, floor + 16, f"{at:.0f}", "middle"))
     for values, ink, more in ((real, REAL, ""), (ours, OURS, ' stroke-dasharray="5 3"')):
