@@ -2,6 +2,7 @@
 
 import pytest
 
+from services.scheduler.core.presets import preset_named
 from services.scheduler.core.settings import Constants
 from shared import tokens
 from shared.messages import (
@@ -154,6 +155,25 @@ def test_an_overdue_batch_is_recalled() -> None:
     assert bench.now > 5.0 + run.expected_s
     drop = Drop(epoch=1, worker="w1", request_id="r1", attempt=1)
     assert said == [drop, Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)]
+
+
+@pytest.mark.parametrize(("output", "recalled_after_s"), [(40, 5 + 12), (4000, 5 + 1200)])
+def test_silence_about_a_lease_to_the_end_is_suspicious_when_it_should_be_over(
+    output: int, recalled_after_s: float
+) -> None:
+    """Ten times 0.03 s a token, the pace before anything was seen, and `overdue_s`."""
+    constants = preset_named("tgi").with_constants(gather_s=0.003, overdue_s=5.0)
+    bench = Bench("tgi", constants)
+    worker = {"forms": ("leased",), "context_tokens_max": 5000, "capacity": 5000}
+    bench.join(**worker)
+    assert bench.say(submit("r1", max_tokens=output))
+    said: list[SchedulerCommand] = []
+    while not said and bench.now < 2 * recalled_after_s:
+        bench.join(**worker)
+        bench.say(GatewayBeat(gateway="g1"))
+        said += bench.after(1.0)
+    assert bench.now == pytest.approx(recalled_after_s, abs=2.0)
+    assert isinstance(said[-1], Recall)
 
 
 def test_wanted_tokens_are_asked_of_the_worker_that_made_them() -> None:

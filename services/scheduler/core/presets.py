@@ -56,6 +56,7 @@ class Preset:
 VLLM: Mapping[str, Value] = MappingProxyType(
     {
         "slice_tokens": 16,  # a lease is a block [C: block size 16]
+        "ample_slice_tokens": 128,  # of which nothing depends while none is scarce [T]
         "iteration_tokens": 2048,  # max_num_batched_tokens of the server on large GPUs [C]
         # Two iterations' worth: the next one is composed while one runs [C: asynchronous
         # scheduling, on by default since 0.14].
@@ -79,6 +80,7 @@ ILS: Mapping[str, Value] = MappingProxyType(
 SARATHI: Mapping[str, Value] = MappingProxyType(
     {
         "slice_tokens": 16,
+        "ample_slice_tokens": 128,
         "iteration_tokens": 512,
         "bind_backlog_tokens": 512,
         "running_max": 128,
@@ -91,18 +93,23 @@ TGI: Mapping[str, Value] = MappingProxyType(
 TRTLLM: Mapping[str, Value] = MappingProxyType(
     {"iteration_tokens": 8192, "bind_backlog_tokens": 8192, "running_max": 2048}
 )
-TRTLLM_UTILIZATION: Mapping[str, Value] = MappingProxyType({**TRTLLM, "slice_tokens": 16})
+TRTLLM_UTILIZATION: Mapping[str, Value] = MappingProxyType(
+    {**TRTLLM, "slice_tokens": 16, "ample_slice_tokens": 128}
+)
 
-PAST_FUTURE: Mapping[str, Value] = MappingProxyType(
+COLD_START: Mapping[str, Value] = MappingProxyType(
     {
-        "future_reserve": 0.05,  # as in the artifact's server, whose cold start is this one too:
-        "cold_start_share": 0.02,  # 20 stand-ins in a history of 1000, which go between the 20th
-        "cold_start_ends": 40,  # and the 40th finish; then W is the paper's 1000, second hand
+        "cold_start_share": 0.02,  # As in the artifact's server: 20 stand-ins in a history of
+        "cold_start_ends": 40,  # 1000, which go between the 20th and the 40th finish; then W is
+        # the paper's 1000, second hand.
     }
 )
+PAST_FUTURE: Mapping[str, Value] = MappingProxyType({"future_reserve": 0.05, **COLD_START})
 """The victim is the one that holds most [T]: evicted requests miss a limit on token gaps whatever
 their age, so what counts is how few they are (docs/reproduction.md, goodput under an SLA)."""
-
+SAL_LARRY: Mapping[str, Value] = MappingProxyType(
+    {"victim_spared_tokens": 256, **COLD_START}  # y is not known [R]
+)
 
 _ROWS = (
     Preset(
@@ -296,7 +303,7 @@ _ROWS = (
         form="leased",
         binding="early",
         victim="least-computed",
-        constants=MappingProxyType({"victim_spared_tokens": 256}),  # y is not known [R]
+        constants=SAL_LARRY,
         summary="Our reconstruction of the survey's pair: SAL binds to the least of queued prefill "
         "and missing memory; LARRY orders by load-adaptive short-first with ageing, behind a "
         "gate that owes the running ones their growth.",

@@ -31,6 +31,11 @@ class Constants:
     first_slice_tokens: int = 0
     """The first lease on a worker; short ones tell early who is short. 0: as the others [T]. 16 to
     32, then growing, was advised by a simulation of the survey's note [S]."""
+    ample_slice_tokens: int = 0
+    """Leases are this long while `ample_share` of a worker's memory is free: for presets whose
+    lease is a block, far from the limit where that matters, fewer messages. 0: never [T]."""
+    ample_share: float = 0.25
+    """See `ample_slice_tokens` [T]."""
     lease_margin_share: float = 0.25
     """A worker reports when this share of a slice is left of a lease, so that the next one is
     granted before it is used up [S: at most 25 % left]."""
@@ -204,10 +209,10 @@ class Constants:
     cooldown_s: float = 0.5
     """A worker that refused a batch gets no other for so long [T]."""
     overdue_s: float = 120.0
-    """A batch is given up this long after `overdue_factor` times its expected end [T]. Only orders
-    lost on the way need it: a dead worker is noticed by its missing beats."""
+    """A batch or lease is given up this long after `overdue_factor` times its expected end [T].
+    Only orders lost on the way need it: a dead worker is noticed by its missing beats."""
     overdue_factor: float = 10.0
-    """See `overdue_s`; closed batches only [T]."""
+    """See `overdue_s`; a lease ends after its tokens, at the present pace [T]."""
     lost_order_s: float = 2.0
     """An order older than this that its worker does not list among its residents is lost [T]."""
 

@@ -8,6 +8,8 @@ from services.scheduler.core.worker_events import batch_overdue, lease_overdue, 
 from services.scheduler.core.workers import Worker
 from shared.messages import SchedulerBeat
 
+LEASES_WATCH_S = 1.0
+"""Between two looks at every lease: what they look for is seconds old at the least."""
 PARK_REPEAT_S = 1.0
 """A worker answers within an iteration; after this the order or the answer was lost."""
 
@@ -49,6 +51,9 @@ def watch(books: Books, now: float) -> None:
     constants = books.constants
     books.watch_at = now + constants.watch_s
     books.stirred = True
+    leases_too = books.leased and now - books.leases_watched_at >= LEASES_WATCH_S
+    if leases_too:
+        books.leases_watched_at = now
     books.largest_stale = True  # a worker's memory may have changed
     books.board.set_pace(books.pace.prefill_token_s, books.pace.token_s)
     for name, worker in list(books.workers.active.items()):
@@ -57,7 +62,7 @@ def watch(books: Books, now: float) -> None:
             continue
         for batch in [b for b in worker.batches.values() if now > b.due_at]:
             batch_overdue(books, worker, batch, now)
-        if books.leased:
+        if leases_too:
             _leases(books, worker, now)
     for gateway, seen_at in list(books.gateways.items()):
         if now - seen_at > constants.gateway_timeout_s:
@@ -69,10 +74,14 @@ def watch(books: Books, now: float) -> None:
 
 def _leases(books: Books, worker: Worker, now: float) -> None:
     """Leases that nobody speaks of, and parks without an answer."""
-    overdue_s = books.constants.overdue_s
+    constants = books.constants
+    token_s = constants.overdue_factor * books.pace.token_s
     for request in list(worker.credit.leases.values()):
         paused = request.request_id in worker.credit.wanting
-        if not paused and now - max(request.heard_at, request.since) > overdue_s:
+        silent_s = now - max(request.heard_at, request.since)
+        # Of a lease to the end nothing is heard but its end.
+        left = request.until - request.output_tokens
+        if not paused and silent_s > constants.overdue_s + token_s * left:
             lease_overdue(books, request, now)
     for request in books.parking.values():
         if request.worker == worker.info.worker and now - request.since > PARK_REPEAT_S:
