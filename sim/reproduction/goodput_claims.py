@@ -79,6 +79,8 @@ def claims(
     larger: Sequence[Result] = (),
     handicapped: Sequence[Result] = (),
     bound: Sequence[Result] = (),
+    aborted: Sequence[Result] = (),
+    long: Sequence[Result] = (),
 ) -> tuple[Check, ...]:
     """All that can be said of what was run."""
     checks = [
@@ -88,6 +90,10 @@ def claims(
         _over_source(grid),
         _over_source_everywhere(grid, bound),
     ]
+    if long:
+        checks.insert(1, _over_long_runs(long))
+    if aborted:
+        checks.append(_if_ended(aborted))
     if larger:
         checks.append(_over_source_larger(larger))
     if handicapped:
@@ -143,6 +149,31 @@ def _by_other_measures(grid: Grid) -> Check:
     )
 
 
+def _over_long_runs(long: Sequence[Result]) -> Check:
+    """Plain counts, where they are many."""
+    points: dict[tuple[str, int], list[Result]] = {}
+    for r in long:
+        points.setdefault((r.task.lengths, r.task.clients), []).append(r)
+    words, least = [], 1.0
+    for (lengths, clients), runs in points.items():
+        rates = {r.task.policy: r.counted_rps for r in runs}
+        ours = rates.pop(PAST_FUTURE)
+        best = max(rates, key=lambda policy: rates[policy])
+        least = min(least, ours / rates[best])
+        words.append(
+            f"{lengths}, N = {clients}, {runs[0].ended} requests: {ours:.4f} and {best} "
+            f"{rates[best]:.4f} a second, {ours / rates[best]:.3f}x"
+        )
+    return Check(
+        claim="The same by plain counts of requests, over longer runs at two points where the best "
+        "are close",
+        source="ours",
+        wanted=f">= {ENOUGH}x of the better watermark of 90 and 95 %",
+        got="; ".join(words),
+        holds=least >= ENOUGH,
+    )
+
+
 def _nothing_fixed_is(grid: Grid) -> Check:
     fixed = [policy for policy in grid.baselines if policy != SOURCE_CONSERVATIVE]
     lows = {policy: grid.lowest(policy, grid.policies) for policy in fixed}
@@ -162,6 +193,26 @@ def _ratios(grid: Grid) -> dict[str, float]:
         lengths: grid.share(lengths, grid.largest, PAST_FUTURE, (SOURCE_CONSERVATIVE,))
         for lengths in grid.sets
     }
+
+
+def _if_ended(aborted: Sequence[Result]) -> Check:
+    """The other equal policy: whoever waits too long for a token is ended, under all."""
+    found = {(r.task.lengths, r.task.policy): r.goodput_rps for r in aborted}
+    sets = dict.fromkeys(r.task.lengths for r in aborted)
+    words = []
+    for policy in dict.fromkeys(r.task.policy for r in aborted):
+        shares = [(found[s, policy] / max(found[s, p] for _, p in found), s) for s in sets]
+        words.append(f"{policy} {min(shares)[0]:.2f}x ({min(shares)[1]})")
+    return Check(
+        claim="If whoever waits 1.49 s for a token is ended, under every policy, the watermarks "
+        "come near: least shares of the best",
+        source="ours",
+        wanted="reported",
+        got="; ".join(words),
+        holds=None,
+        why="the last one admitted has made little when it is evicted, so that ending it costs "
+        "little; its client tries again",
+    )
 
 
 def _over_source(grid: Grid) -> Check:
@@ -206,9 +257,9 @@ def _over_source_larger(larger: Sequence[Result]) -> Check:
     return Check(
         claim="The same with Llama-2-13b and 64,000 KV tokens",
         source="ours",
-        wanted=f">= {OVER_SOURCE}x, reported",
+        wanted=f">= {OVER_SOURCE}x on every set",
         got=", ".join(f"{lengths} {ratio:.2f}x" for lengths, ratio in ratios),
-        holds=None,
+        holds=all(ratio >= OVER_SOURCE for _, ratio in ratios),
     )
 
 

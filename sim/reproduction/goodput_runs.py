@@ -137,27 +137,29 @@ def evenly(items: Sequence[Item], count: int, rng: Random) -> tuple[Item, ...]:
 
 def run(task: Task, progress: Callable[[int, int], None]) -> Result:
     """Simulate the warm-up and what counts."""
-    mesh = SimMesh(setup_of(task), progress=lambda done, total: watch(done))
     most = task.warm + task.counted
+    target = task.warm
 
-    def watch(done: int) -> None:
+    def watch(done: int, total: int) -> None:
         progress(done, most)
-        mesh.world.stopped = mesh.world.stopped or done in (task.warm, most)
+        # Several may end at once: also the last of them has to stop the world.
+        mesh.world.stopped = done >= target
 
+    mesh = SimMesh(setup_of(task), progress=watch)
     mesh.start()
-    _until(mesh, task.warm)
-    before = _Before(mesh)
-    _until(mesh, most)
+    _until(mesh, target)
+    before, target = _Before(mesh), most
+    _until(mesh, target)
     return _result(task, mesh, before)
 
 
 def _until(mesh: SimMesh, ended: int) -> None:
     mesh.world.stopped = False
+    so_far = mesh.clients.ended
     while mesh.clients.ended < ended:
-        so_far = mesh.clients.ended
         mesh.world.run(mesh.world.now + mesh.setup.stalled_s)
         assert mesh.clients.ended > so_far, "nobody has ended for an hour"
-        mesh.world.stopped = False
+        so_far = mesh.clients.ended
 
 
 class _Before:

@@ -25,7 +25,9 @@ WINDOWS = {"conversation": (1000, 200, 100), "code": (1000, 200)}
 COLD_STARTS: dict[str, Constants] = {
     "W = 40, 20 stand-ins (the artifact's server)": replace(QUIRKS, history_window=40),
     "W = 1000, 500 stand-ins (the paper's, second hand)": QUIRKS,
-    "W = 1000, 20 stand-ins (preset past-future)": replace(QUIRKS, cold_start_share=0.02),
+    "W = 1000, 20 stand-ins until the 40th finish (preset past-future)": replace(
+        QUIRKS, cold_start_share=0.02, cold_start_ends=40
+    ),
 }
 """With a reserve of 5 %; a stand-in is as long as the request's limit."""
 COLD_SETS = ("Dist-1", "Dist-3", FILE_SET)

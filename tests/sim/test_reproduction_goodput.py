@@ -1,6 +1,8 @@
 """The Past-Future and goodput parts: their statements fail when they should; small runs of each."""
 
 from dataclasses import replace
+from random import Random
+from statistics import fmean
 from xml.etree import ElementTree
 
 import numpy as np
@@ -8,15 +10,25 @@ import pytest
 
 from services.scheduler.core.policies.lengths import OPEN_END, prepare_lengths
 from services.scheduler.core.presets import preset_named
+from sim.items import Item
 from sim.memory_only import Tally
-from sim.past_future_source import POLICIES, SETS, SOURCE_STEPS
+from sim.past_future_source import POLICIES, SETS as MEMORY_SETS, SOURCE_STEPS
 from sim.past_future_table import Cell, cell
-from sim.reproduction import goodput, past_future
+from sim.reproduction import goodput
 from sim.reproduction.goodput_chart import small_multiples
 from sim.reproduction.goodput_claims import Grid, claims
-from sim.reproduction.goodput_runs import PAST_FUTURE, SOURCE_CONSERVATIVE, Result, Task, run
+from sim.reproduction.goodput_runs import (
+    LIMITS,
+    PAST_FUTURE,
+    SETS,
+    SOURCE_CONSERVATIVE,
+    Result,
+    Task,
+    evenly,
+    run,
+)
 from sim.reproduction.past_future_claims import claims as memory_claims
-from sim.reproduction.similarity import ks_distance, likeness
+from sim.reproduction.similarity import LikenessTask, ks_distance, likeness, of_window
 
 FIXED = tuple(p for p in goodput.POLICIES if p not in (PAST_FUTURE, SOURCE_CONSERVATIVE))
 
@@ -112,6 +124,15 @@ SMALL = Task("Dist-3", 4, PAST_FUTURE, "past-future", warm=2, counted=6, kv_toke
 """Two of four clients' requests run at once, the others are turned away and come again."""
 
 
+def test_requests_are_taken_and_ordered_evenly() -> None:
+    items = [Item(None, 10, output) for output in range(1, 1001)]
+    taken = evenly(items, 100, Random(1))
+    assert sorted(item.output_tokens for item in taken) == list(range(6, 1001, 10))
+    for at in range(0, 100, 20):
+        assert fmean(i.output_tokens for i in taken[at : at + 20]) == pytest.approx(501, abs=25)
+    assert evenly(items, 100, Random(1)) == taken != evenly(items, 100, Random(2))
+
+
 def test_a_run_counts_what_passed_and_nothing_of_the_warm_up() -> None:
     small = run(SMALL, nothing)
     assert small.ended == 6 == small.good + small.late
@@ -120,6 +141,15 @@ def test_a_run_counts_what_passed_and_nothing_of_the_warm_up() -> None:
     assert 0 < small.goodput_rps < 1
     assert small.batch <= 4
     assert run(SMALL, nothing) == small
+
+
+def test_requests_that_end_at_once_do_not_carry_a_run_past_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four alike begin and end together: the fourth is one more than the warm-up wants."""
+    monkeypatch.setitem(SETS, "alike", "uniform:64x32")
+    monkeypatch.setitem(LIMITS, "alike", 32)
+    assert run(replace(SMALL, lengths="alike", warm=3, counted=3), nothing).ended == 4
 
 
 def test_a_section_of_small_runs() -> None:
@@ -158,7 +188,7 @@ def test_past_future_begins_as_the_artifacts_server(finished: int, stand_ins: in
 def source_cells() -> list[Cell]:
     """Cells that say exactly what the source says."""
     cells = []
-    for lengths in SETS:
+    for lengths in MEMORY_SETS:
         oracle = Tally(SOURCE_STEPS[lengths, "oracle"], 1000, 0, 0.9, 0.9)
         for policy, row in POLICIES.items():
             ratio, memory, future, evictions = row.source[lengths]
@@ -169,8 +199,8 @@ def source_cells() -> list[Cell]:
 
 
 def test_the_sources_own_figures_hold() -> None:
-    alike = [past_future.of_window(past_future.LikenessTask("code", 1000))]
-    alike.append(past_future.of_window(past_future.LikenessTask("conversation", 1000)))
+    alike = [of_window(LikenessTask("code", 1000))]
+    alike.append(of_window(LikenessTask("conversation", 1000)))
     checks = memory_claims(source_cells(), alike)
     assert {check.holds for check in checks} == {True, None}
     assert len(checks) == 10
@@ -186,10 +216,7 @@ def test_a_figure_that_is_off_fails_its_statement(policy: str, number: int) -> N
         else c
         for c in source_cells()
     ]
-    alike = [
-        past_future.of_window(past_future.LikenessTask(name, 1000))
-        for name in ("conversation", "code")
-    ]
+    alike = [of_window(LikenessTask(name, 1000)) for name in ("conversation", "code")]
     assert memory_claims(cells, alike)[number].holds is False
 
 
