@@ -112,6 +112,8 @@ class MeshMachine(RuleBasedStateMachine):
         parking = [request for request in leases if request.state is State.PARKING]
         assert credit.blocks == sum(request.blocks for request in leases)
         assert credit.parking_blocks == sum(request.blocks for request in parking)
+        worst = [credit.blocks_for(request, request.spec.max_tokens) for request in leases]
+        assert credit.worst_blocks == sum(worst)
         assert credit.backlog_tokens == sum(request.backlog_tokens for request in leases)
         assert set(credit.wanting) <= set(credit.leases)
         line = worker.line.ordered(self.world.net.now) if worker.line is not None else []

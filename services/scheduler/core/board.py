@@ -42,6 +42,8 @@ class Board:
     """Closed: seconds of work in them, by estimate."""
     mean: float = 0.0
     """Expected output tokens of a request; 0: not known."""
+    changed: dict[str, Worker] = field(default_factory=dict)
+    """Workers whose line is not true any more; it is written when somebody looks."""
 
     def join(self, worker: Worker) -> None:
         """A new worker takes the last place."""
@@ -71,10 +73,20 @@ class Board:
         self.places = {worker.info.worker: i for i, worker in enumerate(self.workers)}
 
     def update(self, worker: Worker) -> None:
-        """Write down what has changed about a worker."""
-        place = self.places.get(worker.info.worker)
-        if place is None:
-            return
+        """Something about a worker has changed."""
+        self.changed[worker.info.worker] = worker
+
+    def written(self) -> Gauges:
+        """The gauges, with all changes written down."""
+        if self.changed:
+            for name, worker in self.changed.items():
+                place = self.places.get(name)
+                if place is not None and self.workers[place] is worker:
+                    self._write(worker, place)
+            self.changed.clear()
+        return self.gauges
+
+    def _write(self, worker: Worker, place: int) -> None:
         if self.form == "closed":
             self._update_closed(worker, place)
             return
@@ -106,26 +118,31 @@ class Board:
     @property
     def running(self) -> int:
         """Requests with a lease, or in the batches that run; those behind them still wait."""
+        self.written()
         return int(self.gauges.running.sum())
 
     def usable(self, batches_below: int, now: float) -> IntArray:
         """Closed: places of workers that may be given a batch now."""
+        self.written()
         return np.flatnonzero(
             (self.free > -np.inf) & (self.rests_until <= now) & (self.batches < batches_below)
         )
 
     def rested_at(self, now: float) -> float | None:
         """When the first worker that refused an order may have another; None: none is resting."""
+        self.written()
         resting = self.rests_until[(self.free > -np.inf) & (self.rests_until > now)]
         return float(resting.min()) if resting.size else None
 
     @property
     def taking(self) -> int:
         """Workers that take orders, now or after a rest."""
+        self.written()
         return int(np.count_nonzero(self.free > -np.inf))
 
     def least_load_s(self) -> float:
         """Closed: of the workers that take orders, the least work that one has; 0: none takes."""
+        self.written()
         loads = self.loads[self.free > -np.inf]
         return float(loads.min()) if loads.size else 0.0
 
@@ -154,6 +171,7 @@ class Board:
 
     def able(self, now: float) -> IntArray:
         """Places of workers that may be given orders now."""
+        self.written()
         return np.flatnonzero((self.free > -np.inf) & (self.rests_until <= now))
 
     def with_room(
@@ -166,7 +184,7 @@ class Board:
     ) -> IntArray:
         """Places that may take a request: so many KV tokens are free, less than so much prefill
         is queued, and no like request has been refused there lately."""
-        gauges = self.gauges
+        gauges = self.written()
         return np.flatnonzero(
             (self.free >= need_tokens)
             & (gauges.backlog < backlog_below)

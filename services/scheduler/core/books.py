@@ -93,6 +93,7 @@ class Books:
     forecast: LengthForecast | None = None
     beat_at: float = float("inf")
     watch_at: float = float("inf")
+    leases_watched_at: float = float("-inf")
     round_at: float | None = None
     """When the next round is due, as far as is known."""
     stirred: bool = True

@@ -24,6 +24,8 @@ class Credit:
     """Reserved by all leases."""
     parking_blocks: int = 0
     """Of these, what comes back once parked requests have answered."""
+    worst_blocks: int = 0
+    """What all leases would fill if every request made as much as it may."""
     backlog_tokens: int = 0
     """Input of leases that have made no token yet: prefill that is still to be done."""
 
@@ -47,6 +49,7 @@ class Credit:
         request.backlog_tokens = request.input_tokens
         self.leases[request.request_id] = request
         self.blocks += request.blocks
+        self.worst_blocks += self.blocks_for(request, request.spec.max_tokens)
         self.backlog_tokens += request.backlog_tokens
         request.backlog_ahead = self.backlog_tokens
 
@@ -74,6 +77,7 @@ class Credit:
             return
         self.wanting.pop(request.request_id, None)
         self.blocks -= request.blocks
+        self.worst_blocks -= self.blocks_for(request, request.spec.max_tokens)
         if parking:
             self.parking_blocks -= request.blocks
         self.backlog_tokens -= request.backlog_tokens

@@ -20,7 +20,7 @@ from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.balancing import BALANCERS
 from services.scheduler.core.policies.future import Future
-from services.scheduler.core.policies.gates import GATES, Gate
+from services.scheduler.core.policies.gates import GATES, SURE_SHARE, Gate
 from services.scheduler.core.policies.members import Member, View, columns
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.policies.victims import VICTIMS
@@ -94,9 +94,7 @@ def _next_round_at(books: Books, round_: _Round) -> float | None:
         return round_.now + books.constants.round_rest_s
     if not books.requests.pool:
         return None
-    rests = books.board.rests_until
-    resting = rests[rests > round_.now]
-    return float(resting.min()) if resting.size else None
+    return books.board.rested_at(round_.now)
 
 
 # ------------------------------------------------------------------------------------- renewals
@@ -107,14 +105,14 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
     nothing: it gives back who has used up its lease."""
     if worker.draining:
         return
-    credit, constants = worker.credit, books.constants
-    lease = LEASE_PACINGS[books.preset.pacing]
+    credit = worker.credit
     capacity = credit.capacity_blocks(worker.memory.kv_tokens_capacity)
     for request in list(credit.wanting.values()):
         if request.state is not State.PLACED:
             credit.wanting.pop(request.request_id, None)
             continue
-        tokens = min(lease(request.output_tokens, constants), _fair_share(worker, capacity))
+        lease = _lease_tokens(books, worker, request, capacity)
+        tokens = min(lease, _fair_share(worker, capacity))
         wanted = min(request.until + tokens, request.spec.max_tokens)
         wanted = credit.rounded(request, wanted)
         until = _affordable(worker, request, wanted, capacity)
@@ -123,6 +121,16 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
         elif request.until <= request.output_tokens:
             _make_room(books, worker, round_.now)
             return
+
+
+def _lease_tokens(books: Books, worker: Worker, request: Request, capacity_blocks: int) -> int:
+    """The pacing's answer; longer while memory is ample, since then it is nobody else's loss."""
+    constants = books.constants
+    tokens = LEASE_PACINGS[books.preset.pacing](request.output_tokens, constants)
+    ample = constants.ample_slice_tokens
+    if ample > tokens and worker.credit.blocks < (1 - constants.ample_share) * capacity_blocks:
+        return ample
+    return tokens
 
 
 def _fair_share(worker: Worker, capacity_blocks: int) -> int:
@@ -191,7 +199,7 @@ def _bind(books: Books, now: float) -> None:
 
 def _able_to_hold(books: Books, places: IntArray, request: Request) -> IntArray:
     """Those of the places whose worker could hold the whole request."""
-    total = books.board.gauges.kv_total[places]
+    total = books.board.written().kv_total[places]
     return places[total >= request.context_tokens]
 
 
@@ -199,9 +207,8 @@ def _pick(books: Books, request: Request, eligible: IntArray) -> int:
     books.rounds.turn += 1
     balance = BALANCERS[books.preset.offloading]
     need = request.input_tokens
-    return int(
-        balance(books.board.gauges, need, eligible, books.rounds.turn, books.draws, books.constants)
-    )
+    gauges = books.board.written()
+    return int(balance(gauges, need, eligible, books.rounds.turn, books.draws, books.constants))
 
 
 def _admit_from_line(books: Books, worker: Worker, round_: _Round) -> None:
@@ -283,10 +290,21 @@ def _admits(books: Books, worker: Worker, request: Request, round_: _Round) -> b
     if not worker.credit.leases:
         return True
     name = worker.info.worker
+    if name not in round_.gates and _surely_fits(books, worker, request):
+        return True
     gate = round_.gates.get(name)
     if gate is None:
         gate = round_.gates[name] = GATES[books.preset.admission](_view(books, worker))
     return gate.admits(_member(books, request, request.output_tokens))
+
+
+def _surely_fits(books: Books, worker: Worker, request: Request) -> bool:
+    """Even if everybody made as much as they may, memory would last: then no gate need be asked.
+    On a worker with little to do that is nearly always so."""
+    credit = worker.credit
+    worst = credit.worst_blocks + credit.blocks_for(request, request.spec.max_tokens)
+    share = SURE_SHARE[books.preset.admission](books.constants)
+    return worst < share * credit.capacity_blocks(worker.memory.kv_tokens_capacity)
 
 
 def _view(books: Books, worker: Worker) -> View:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.core.policies.future import Future
 from services.scheduler.core.policies.members import Columns, Member, View, columns
+from services.scheduler.core.settings import Constants
 
 Ints = NDArray[np.int64]
 
@@ -304,6 +305,31 @@ def _full_at(memory: _Memory, share: float) -> float:
 
 def _one(value: int) -> Ints:
     return np.array((value,), dtype=np.int64)
+
+
+def _within_reserve(constants: Constants) -> float:
+    return 1 - constants.future_reserve if constants.lengths_within_cap else 0.0
+
+
+def _never(constants: Constants) -> float:
+    return 0.0
+
+
+SURE_SHARE: dict[str, Callable[[Constants], float]] = {
+    "past-future": _within_reserve,
+    "oracle": lambda constants: 1 - constants.oracle_reserve,
+    "aggressive": lambda constants: min(
+        constants.aggressive_watermark, constants.aggressive_full_at
+    ),
+    "conservative": _never,
+    "reserve-all": lambda constants: 1.0,
+    "prompt-fits": lambda constants: 1 - constants.prompt_watermark,
+    "next-step": lambda constants: 1.0,
+    "larry-a": lambda constants: 1 - constants.larry_reserve,
+    "larry-b": lambda constants: 1.0 if constants.lengths_within_cap else 0.0,
+}
+"""Of each gate the share of memory within which it admits for certain, if even the longest outputs
+of everybody stay below it. 0: nothing is certain, since it may expect more than that."""
 
 
 GATES: dict[str, Callable[[View], Gate]] = {
