@@ -296,7 +296,7 @@ _ROWS = (
     Preset(
         name="sal+larry",
         order="larry",
-        admission="larry-b",
+        admission="larry-a",
         batching="continuous",
         offloading="sal-a",
         pacing="fixed",
@@ -306,7 +306,7 @@ _ROWS = (
         constants=SAL_LARRY,
         summary="Our reconstruction of the survey's pair: SAL binds to the least of queued prefill "
         "and missing memory; LARRY orders by load-adaptive short-first with ageing, behind a "
-        "gate that owes the running ones their growth.",
+        "gate that keeps a share of memory for what the running ones grow.",
     ),
 )
 
