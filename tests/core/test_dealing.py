@@ -50,3 +50,25 @@ def test_without_dealing_only_idle_workers_get_a_batch() -> None:
     assert told(bench, 6) == []
     said = bench.say(done(first[0], finish="stop", count=3)) + bench.after(0.3)
     assert runs_of(said) == [(first[0].worker, 3)]
+
+
+def test_serving_the_idle_does_not_move_the_turn_of_the_dealt() -> None:
+    """Only w1 falls idle, again and again; what is dealt meanwhile goes to everybody in turn."""
+    bench = Bench("sls", CONSTANTS)
+    for name in ("w1", "w2", "w3"):
+        bench.join(name)
+    said = [*bench.say(submit("a")), *bench.say(submit("b")), *bench.say(submit("c"))]
+    here = [c for c in said + bench.after(0.01) if isinstance(c, RunSlice)]
+    dealt: list[str] = []
+    for turn in range(6):
+        mine = [run for run in here if run.worker == "w1"]
+        here = [run for run in here if run.worker != "w1"]
+        for run in mine:
+            bench.say(done(run, finish="stop", count=3))
+        said = bench.say(submit(f"s{turn}")) + bench.after(0.3)
+        here += [c for c in said if isinstance(c, RunSlice)]
+        said = [c for number in range(3) for c in bench.say(submit(f"d{turn}-{number}"))]
+        said += bench.after(0.01)
+        here += [c for c in said if isinstance(c, RunSlice)]
+        dealt += [worker for worker, rows in runs_of(said) if rows == 3]
+    assert dealt == ["w1", "w2", "w3"] * 2

@@ -57,6 +57,9 @@ class RoundBook:
     """When the pool has waited long enough for company."""
     not_before: float = float("-inf")
     turn: int = 0
+    """Place of the worker that is next: the one after the last that got a batch."""
+    idle_turn: int = 0
+    """The same for rounds that serve idle workers: they do not move the turn of the others."""
     batches: int = 0
     """Ever dispatched: the next one's number."""
     batch_size_mean: float = 1.0

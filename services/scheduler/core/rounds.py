@@ -7,6 +7,7 @@ meanwhile is left out, and a batch whose worker has gone, leaves or cannot hold 
 pool for the next round. If nothing happens in between, the decisions are those of one long call.
 """
 
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -237,23 +238,35 @@ def _offload(
 ) -> Generator[int, None, int]:
     """Give batches to workers; returns how many were given."""
     rounds, workers = books.rounds, targets.workers
+    for_idle = targets.most == 1
     assignment = OFFLOADINGS[books.preset.offloading](
         [batch.estimate_s for batch in planned],
         [batch.allowed for batch in planned],
         [worker.load_s for worker in workers],
-        rounds.turn % len(workers),
+        _turn(books, workers, rounds.idle_turn if for_idle else rounds.turn),
     )
     placed = 0
     yield len(planned)
     for place, target in assignment:
         batch, worker = planned[place], workers[target]
         if len(worker.batches) < targets.most and _dispatch(books, batch, worker):
-            rounds.turn = target + 1
+            after = books.board.places[worker.info.worker] + 1
+            if for_idle:
+                rounds.idle_turn = after
+            else:
+                rounds.turn = after
             placed += 1
             yield DISPATCH_WORK * (3 + len(batch.numbers))
         else:
             yield 2
     return placed
+
+
+def _turn(books: Books, workers: Sequence[Worker], turn: int) -> int:
+    """Which of these is next, where the turn counts all workers: a round may be for a few."""
+    board = books.board
+    places = [board.places.get(worker.info.worker, 0) for worker in workers]
+    return bisect_left(places, turn % max(1, len(board.workers))) % len(workers)
 
 
 def _dispatch(books: Books, planned: _Planned, worker: Worker) -> bool:
