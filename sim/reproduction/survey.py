@@ -15,11 +15,13 @@ from sim.reproduction.survey_rows import (
     BURST,
     CAPPED,
     CAPS,
+    CENTRAL_HRRN,
     FAMILY,
     FLEET,
     MEMORY_BOUND,
     NEARLY_FULL,
     ORDERS,
+    PARAMETERS,
     SYSTEMS,
     Row,
 )
@@ -77,9 +79,9 @@ def _each(study: str, rows: Mapping[str, Row], seeds: int, like: Task, **more: V
 
 def _admissions() -> Iterator[Task]:
     """One worker, saturated and nearly so."""
-    for trace in (CONV, DEC):
+    for trace, seeds in ((CONV, 1), (DEC, 2)):
         full = Task(trace=trace, load=2.0, workers=1, requests=2_400, saturated=True)
-        yield from _each(f"saturated {trace}", ADMISSIONS, 2, full)
+        yield from _each(f"saturated {trace}", ADMISSIONS, seeds, full)
     nearly = {label: ADMISSIONS[label] for label in NEARLY_FULL}
     yield from _each("dec at 0.94", nearly, 1, Task(trace=DEC, load=0.94, workers=1))
 
@@ -92,15 +94,15 @@ def _orders() -> Iterator[Task]:
 def _fleets() -> Iterator[Task]:
     """Four workers, and eight."""
     yield from _each("balance", BALANCERS, 3, Task(), **COARSE)
-    yield from _each("eight workers", FLEET, 1, Task(workers=8, requests=4_000), **COARSE)
+    yield from _each("eight workers", FLEET, 1, Task(workers=8, requests=3_500), **COARSE)
     yield from _each("burst", BURST, 2, Task(load=0.8, burst=4.0), **COARSE)
     for cap in CAPS:
         limit: dict[str, Value] = {**COARSE, "bind_backlog_tokens": cap}
         rows = {label: BALANCERS[label] for label in CAPPED if label in BALANCERS}
         yield from _each(f"cap {cap}", rows, 1, Task(), **limit)
-        aged = {label: BURST[label] for label in CAPPED if label in BURST}
+        aged = {CENTRAL_HRRN: BURST[CENTRAL_HRRN]}
         yield from _each(f"cap {cap}", aged, 1, Task(load=0.8, burst=4.0), **limit)
-    bound = Task(trace=DEC, load=1.05, requests=5_000)
+    bound = Task(trace=DEC, load=1.1, requests=5_000)
     yield from _each("memory-bound", MEMORY_BOUND, 1, bound, **COARSE)
 
 
@@ -110,5 +112,6 @@ def _systems() -> Iterator[Task]:
         yield from _each(f"{CONV} at {load:g}", SYSTEMS, seeds, Task(load=load))
     overload = Task(trace=DEC, load=1.05, workers=1, requests=2_500)
     yield from _each(f"{DEC} at 1.05", SYSTEMS, 2, overload)
-    yield from _each(f"family {CONV}", FAMILY, 1, Task(load=1.05))
-    yield from _each(f"family {DEC}", FAMILY, 1, overload)
+    family = {**FAMILY, **PARAMETERS}
+    yield from _each(f"family {CONV}", family, 1, Task(load=1.05))
+    yield from _each(f"family {DEC}", family, 1, overload)

@@ -13,7 +13,9 @@ from sim.reproduction.survey_rows import (
     LEAST_REQUESTS,
     MAX_UTILIZATION,
     NO_EVICT,
+    OWN,
     PAIR,
+    PARAMETERS,
     ROUND_ROBIN,
     SAL,
     SPF,
@@ -37,9 +39,9 @@ def checks(found: Results) -> tuple[Check, ...]:
 def _sal(found: Results) -> Check:
     ratio = 1 + found.change("balance", SAL, LEAST_REQUESTS, "ttft_s")
     seeds = found.ratios("balance", SAL, LEAST_REQUESTS, "ttft_s")
-    others = [1 + found.change(f"cap {cap}", SAL, LEAST_REQUESTS, "ttft_s") for cap in CAPS]
     caps = ", ".join(
-        f"{cap or 'none'}: {other:.2f}x" for cap, other in zip(CAPS, others, strict=True)
+        f"{cap or 'none'}: {found.ratios(f'cap {cap}', SAL, LEAST_REQUESTS, 'ttft_s')[0]:.2f}x"
+        for cap in CAPS
     )
     return Check(
         claim="SAL's mean TTFT over least requests', four workers, conv at 0.92 load",
@@ -47,7 +49,7 @@ def _sal(found: Results) -> Check:
         wanted=f"<= {SAL_SHARE}x (predicted 0.61x)",
         got=f"{ratio:.2f}x (seeds {', '.join(f'{seed:.2f}' for seed in seeds)})",
         holds=ratio <= SAL_SHARE,
-        why=f"with other caps on prefill bound ahead, one seed: {caps}",
+        why=f"with other caps on prefill bound ahead, first seed: {caps}",
     )
 
 
@@ -123,22 +125,24 @@ def _c2(found: Results) -> Check:
 
 def _c3(found: Results) -> Check:
     words, holds = [], []
-    own = found.labels("family conv")[0]
     for study in ("family conv", "family dec"):
-        labels = found.labels(study)
-        tps = found.mean(study, own, "tps") / max(found.mean(study, x, "tps") for x in labels)
-        ttft = found.mean(study, own, "ttft_s") / min(
-            found.mean(study, x, "ttft_s") for x in labels
-        )
+        settings = (OWN, *PARAMETERS)
+        tps = found.mean(study, OWN, "tps") / max(found.mean(study, x, "tps") for x in settings)
+        waits = {label: found.mean(study, label, "ttft_s") for label in settings}
+        ttft = waits[OWN] / min(waits.values())
         holds += [tps >= 1 - ALIKE, ttft <= 1 + ALIKE]
-        words.append(f"{study[7:]}: tokens/s {tps:.3f}x, mean TTFT {ttft:.2f}x of the best")
+        words.append(
+            f"{study[7:]}: tokens/s {tps:.3f}x, mean TTFT {ttft:.2f}x of the best "
+            f"({min(waits, key=lambda label: waits[label])})"
+        )
     return Check(
-        claim="C3: one setting of sal+larry is near the best of its family on each set of lengths",
+        claim="C3: sal+larry as it stands is near the best of its settings on each set of lengths",
         source="reconstruction",
-        wanted=f"tokens/s and mean TTFT within {ALIKE:.0%}",
+        wanted=f"tokens/s and mean TTFT within {ALIKE:.0%} of reserves of 3 to 10 % and boosts of "
+        "0.5 to 2",
         got="; ".join(words),
         holds=all(holds),
-        why="" if all(holds) else "which order is best depends on the lengths",
+        why="at 1.05 load waits grow with every percent of throughput",
     )
 
 

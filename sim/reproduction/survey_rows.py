@@ -47,7 +47,6 @@ ORDERS: Mapping[str, Row] = {
 ROUND_ROBIN, LEAST_REQUESTS, LEAST_KV = "round-robin", "least requests", "least KV"
 SAL, LMETRIC, LATE = "SAL-A", "LMetric", "central, late binding"
 BALANCERS: Mapping[str, Row] = {
-    "random": ("vllm+offloading=random", V0),
     ROUND_ROBIN: ("vllm+offloading=round-robin", V0),
     "power of two": ("vllm+offloading=power-of-two", V0),
     LEAST_REQUESTS: ("vllm+offloading=least-requests", V0),
@@ -88,11 +87,19 @@ SYSTEMS: Mapping[str, Row] = {
     name: (name, {})
     for name in ("vllm", "sarathi", "trtllm-max-utilization", "trtllm-no-evict", PAIR)
 }
+OWN = "LARRY-2a (sal+larry)"
 FAMILY: Mapping[str, Row] = {
-    "LARRY-2a (sal+larry)": (PAIR, {}),
+    OWN: (PAIR, {}),
     "LARRY-1a": (f"{PAIR}+order=hrrn", {}),
     "LARRY-2b": (f"{PAIR}+admission=larry-b", {}),
     "LARRY-1b": (f"{PAIR}+order=hrrn+admission=larry-b", {}),
     "LARRY-2 + Past-Future, 3 %": (f"{PAIR}+admission=past-future", _past_future(0.03)[1]),
     "FCFS + a": (f"{PAIR}+order=fcfs", {}),
 }
+PARAMETERS: Mapping[str, Row] = {
+    "2a, 3 % kept": (PAIR, {"larry_reserve": 0.03}),
+    "2a, 10 % kept": (PAIR, {"larry_reserve": 0.10}),
+    "2a, half the boost": (PAIR, {"larry_boost": 0.5}),
+    "2a, twice the boost": (PAIR, {"larry_boost": 2.0}),
+}
+"""C3: would another setting suit one of the sets of lengths better?"""

@@ -9,7 +9,15 @@ from shared.profiles import load_profile
 from sim.clients import Call
 from sim.mesh import SimMesh
 from sim.report import Record
-from sim.reproduction.survey_load import CAPS, CHUNK, PROFILE, RUNNING_MAX, bound_of, workload_of
+from sim.reproduction.survey_load import (
+    CAPS,
+    CHUNK,
+    PROFILE,
+    RUNNING_MAX,
+    bound_of,
+    fluid_bound,
+    workload_of,
+)
 from sim.setup import Setup, Value
 from sim.slo import Slo
 
@@ -106,7 +114,7 @@ def run(task: Task, progress: Callable[[int, int], None]) -> Figures:
     tps = (_made(mesh) - before) / (last - first)
     if not task.saturated:
         _run_out(mesh)
-    return _figures(task, mesh, tps)
+    return _figures(task, mesh, tps, first)
 
 
 def _run_out(mesh: SimMesh) -> None:
@@ -122,12 +130,14 @@ def _made(mesh: SimMesh) -> int:
     return sum(call.output_tokens for call in mesh.clients.calls)
 
 
-def _figures(task: Task, mesh: SimMesh, tps: float) -> Figures:
+def _figures(task: Task, mesh: SimMesh, tps: float, counted_from: float) -> Figures:
     calls = mesh.clients.calls
     done = [call.record(0.0) for call in calls if call.outcome == "completed"]
     begun = [call for call in calls if call.first_at is not None]
-    # A saturated run serves about what the bound allows; what waits behind is no part of it.
-    bound = bound_of(task.trace, len(begun) if task.saturated else task.requests, task.seed)
+    bound = bound_of(task.trace, task.requests, task.seed)
+    if task.saturated:  # what waits behind is no part of it
+        counted = [call.item for call in begun if (call.first_at or 0.0) > counted_from]
+        bound = fluid_bound(counted, mesh.setup.profile)
     evictions = sum(worker.counts.evictions for worker in mesh.all_workers)
     ttft = np.array([record.ttft_s for record in done])
     p50, p99 = np.percentile(ttft, (50, 99))
