@@ -102,7 +102,7 @@ def _fleets() -> Iterator[Task]:
         yield from _each(f"cap {cap}", rows, 1, Task(), **limit)
         aged = {CENTRAL_HRRN: BURST[CENTRAL_HRRN]}
         yield from _each(f"cap {cap}", aged, 1, Task(load=0.8, burst=4.0), **limit)
-    bound = Task(trace=DEC, load=1.1, requests=5_000)
+    bound = Task(trace=DEC, load=1.1, requests=4_500)
     yield from _each("memory-bound", MEMORY_BOUND, 1, bound, **COARSE)
 
 
@@ -110,7 +110,7 @@ def _systems() -> Iterator[Task]:
     """Whole presets with equal limits: conversations on four workers, long outputs on one."""
     for load, seeds in ((0.7, 1), (0.92, 2), (1.05, 2)):
         yield from _each(f"{CONV} at {load:g}", SYSTEMS, seeds, Task(load=load))
-    overload = Task(trace=DEC, load=1.05, workers=1, requests=2_500)
+    overload = Task(trace=DEC, load=1.05, workers=1, requests=2_000)
     yield from _each(f"{DEC} at 1.05", SYSTEMS, 2, overload)
     family = {**FAMILY, **PARAMETERS}
     yield from _each(f"family {CONV}", family, 1, Task(load=1.05))

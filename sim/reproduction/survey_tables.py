@@ -38,12 +38,14 @@ BALANCE: Mapping[str, tuple[float, str]] = {
     "central, late binding": (0.48, "2.2"),
 }
 SHORT = {
-    "round-robin": "robin",
-    "power of two": "best of 2",
+    "round-robin": "in turn",
     "least requests": "requests",
     "least KV": "KV",
     "KV + queued": "KV+queue",
+    "freeness": "freeness",
     "least queued prefill": "prefill",
+    "SAL-A": "SAL-A",
+    "LMetric": "LMetric",
     "central, late binding": "central",
 }
 ADMISSION: Mapping[str, tuple[str, str, str]] = {
@@ -93,14 +95,14 @@ def tables(found: Results) -> tuple[Table, ...]:
 
 def picture(found: Results) -> tuple[str, str]:
     """(caption, SVG): mean TTFT by balancer."""
-    labels = [label for label in found.labels("balance") if label in BALANCE]
+    labels = [label for label in found.labels("balance") if label in SHORT]
     chart = bar_chart(
         "Mean TTFT by load balancer, seconds",
         "seconds",
-        [SHORT.get(label, label) for label in labels],
+        [SHORT[label] for label in labels],
         [
             ("predicted", [BALANCE[label][0] for label in labels]),
-            ("ours", [found.mean("balance", label, "ttft_s") for label in labels]),
+            ("ours", [round(found.mean("balance", label, "ttft_s"), 2) for label in labels]),
         ],
     )
     caption = "Mean TTFT by load balancer: four workers, conversations at 0.92 of the fluid bound."
