@@ -2,6 +2,8 @@
 
 from shared import tokens
 from shared.messages import (
+    Cancel,
+    Drop,
     Park,
     Renewal,
     RunSlice,
@@ -86,3 +88,11 @@ def test_nobody_is_parked_before_somebody_has_used_up_a_lease() -> None:
             until[renewal.request_id] = renewal.until
     assert sum(10 + end - 1 for end in until.values()) == CAPACITY  # all of it was given out
     assert parked(said) == ["r2"]  # the last admitted
+
+
+def test_who_holds_memory_for_a_placement_that_is_over_is_told_again() -> None:
+    pair = Pair()
+    pair.bench.say(Cancel(gateway="g1", request_id="r1"))
+    dropped = Drop(epoch=1, worker="w1", request_id="r1", attempt=pair.attempts["r1"])
+    assert [c for c in pair.reach("r1", 5) if isinstance(c, Drop)] == [dropped]
+    assert not [c for c in pair.reach("r2", 5) if isinstance(c, Drop)]

@@ -512,3 +512,25 @@ def test_reports_join_to_the_text_in_any_order_of_events(seed: int) -> None:
         else:
             iterate()
     assert ended
+
+
+def test_a_lease_that_nobody_renews_gives_its_memory_back(bench: Bench) -> None:
+    given(bench, lease_tokens=2)
+    make(bench, 0, 2)
+    beats = round(leases.UNRENEWED_S / 0.5)
+    assert [c for _ in range(beats) for c in only(ParkLease, bench.wake())] == []
+    late = [c for _ in range(3) for c in only(ParkLease, bench.wake())]
+    assert late == [ParkLease("a", 1)], "once"
+    left = (LeaseEnd("a", 1),)
+    assert brief(bench.do(step(left=left))) == [("a", 2, [], False)]
+
+
+def test_a_renewal_keeps_a_paused_lease_from_being_forgotten(bench: Bench) -> None:
+    given(bench, lease_tokens=2)
+    make(bench, 0, 2)
+    beats = round(leases.UNRENEWED_S / 0.5)
+    for _ in range(beats - 2):
+        bench.wake()
+    bench.do(renewing(("a", 1, 6)))
+    make(bench, 2, 3)
+    assert [c for _ in range(10) for c in only(ParkLease, bench.wake())] == []

@@ -29,6 +29,9 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
     for result in event.results:
         request = books.requests.open.get(result.request_id)
         if request is None or not _matches(request, event.worker, result):
+            if result.resident and worker is not None and books.collecting_until is None:
+                # It holds memory for a placement that is over: our `Drop` was lost.
+                _drop(books, event.worker, result.request_id, result.attempt)
             continue
         if books.leased and worker is not None:
             take_report(books, worker, request, result, now)

@@ -19,6 +19,9 @@ from services.worker.engines.api import LeaseEnd, StepReport
 from shared.messages import FinishReason, RunSlice, SliceOrder, SliceResult, SliceTimings
 from shared.tokens import TOKEN_BYTES, count
 
+UNRENEWED_S = 30.0
+"""A lease that was used up and gets no renewal for so long is forgotten by its scheduler (a `Drop`
+that was lost, say): its memory is given back."""
 LEASES_MAX = 4_096
 """Requests of one worker; 256 run together on large devices, the rest waits for credit."""
 
@@ -52,6 +55,8 @@ class Lease(Held):
     said_margin_of: int = -1
     """The `until` whose nearing end was reported."""
     said_end_of: int = -1
+    paused_since: float | None = None
+    """When it was first seen to be used up; None: it is not."""
     parking: bool = False
     """The engine is asked to let go of it; its end is reported then."""
 
@@ -65,7 +70,7 @@ class Lease(Held):
         until = min(until, self.output_tokens_max)
         if until <= self.until or self.parking:
             return False
-        self.until = until
+        self.until, self.paused_since = until, None
         return True
 
     def due(self, margin_tokens: int) -> bool:
@@ -161,6 +166,18 @@ class Leases:
         commands: list[Command] = []
         for request_id, lease in self._held.items():
             if isinstance(lease, Lease) and lease.used_up:
+                commands += self.park(request_id, lease.attempt)
+        return commands
+
+    def park_forgotten(self, now: float) -> list[Command]:
+        """Let go of leases that nobody renews. To be called every half second or so."""
+        commands: list[Command] = []
+        for request_id, lease in self._held.items():
+            if not isinstance(lease, Lease) or not lease.used_up:
+                continue
+            if lease.paused_since is None:
+                lease.paused_since = now
+            elif now - lease.paused_since > UNRENEWED_S:
                 commands += self.park(request_id, lease.attempt)
         return commands
 

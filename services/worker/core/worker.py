@@ -340,7 +340,7 @@ class Worker:
         out: list[Command] = [*self._outbox.due(now, self._epoch, at_once=idle), *commands]
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
-            out.append(self._beat())
+            out += [*self._leases.park_forgotten(now), self._beat()]
         if self._may_leave(now):
             self._left = True
             self._list_residents = True
