@@ -162,7 +162,8 @@ def _fleets(found: Results) -> Iterator[Prediction]:
         )
     for label, predicted in ((LEAST_KV, 4.05 / 3.49 - 1), (SAL, 2.97 / 3.49 - 1)):
         ours = ratio("burst", label, ROUND_ROBIN)
-        why = "newcomers herd to whom they are not yet counted at" if label == LEAST_KV else ""
+        herd = "newcomers herd: who waits in a worker's line is not in its KV gauge"
+        why = herd if label == LEAST_KV else ""
         claim = f"burst: {label} over round-robin, mean TTFT"
         yield Prediction(claim, predicted, ours, SHARE, 0, why)
     aged = ratio("burst", CENTRAL_HRRN, CENTRAL_FCFS)
@@ -180,9 +181,8 @@ def _fleets(found: Results) -> Iterator[Prediction]:
     stalls = ((SAL, 9.0), (CENTRAL_FCFS, 2.3), (CENTRAL_PF, 0.46), (CENTRAL_ORACLE, 0.13))
     for label, stall in stalls:
         ours = found.mean("memory-bound", label, "stall_p99_s")
-        yield Prediction(
-            f"memory-bound: {label}, p99 of the longest gap, s", stall, ours, slack=0.1
-        )
+        claim = f"memory-bound: {label}, p99 of the longest gap, s"
+        yield Prediction(claim, stall, ours, slack=0.1, why="fewer preemptions than predicted")
     ours = found.change("cap 0", LATE, LEAST_REQUESTS, "ttft_s")
     yield Prediction(
         "central binding without a cap, mean TTFT over least requests",

@@ -1,5 +1,7 @@
 """The core at its seam: lost workers, lost tokens, lost leaders."""
 
+from typing import Any
+
 import pytest
 
 from services.scheduler.core.presets import preset_named
@@ -164,7 +166,7 @@ def test_silence_about_a_lease_to_the_end_is_suspicious_when_it_should_be_over(
     """Ten times 0.03 s a token, the pace before anything was seen, and `overdue_s`."""
     constants = preset_named("tgi").with_constants(gather_s=0.003, overdue_s=5.0)
     bench = Bench("tgi", constants)
-    worker = {"forms": ("leased",), "context_tokens_max": 5000, "capacity": 5000}
+    worker: dict[str, Any] = {"forms": ("leased",), "context_tokens_max": 5000, "capacity": 5000}
     bench.join(**worker)
     assert bench.say(submit("r1", max_tokens=output))
     said: list[SchedulerCommand] = []
