@@ -113,6 +113,7 @@ def work_s(request: Request) -> float:
 DEFINITIONS: dict[str, Callable[[Request, float, int], object]] = {
     "fcfs": lambda r, now, count: 0,
     "sjf": lambda r, now, count: expected_output(r),
+    "spf": lambda r, now, count: r.input_tokens,
     "srpt": lambda r, now, count: expected_output(r) - r.output_tokens - 16 * age(r, now),
     "mlfq": lambda r, now, count: level_key(r, now),
     "edf": lambda r, now, count: due(r),
