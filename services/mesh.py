@@ -35,6 +35,8 @@ READY_POLL_S = 0.05
 READY_TIMEOUT_S = 1.0
 WORKER_READY_METRIC = "tranche_kv_capacity_tokens"
 """A worker reports it once its model is loaded."""
+SIMULATED_ONLY = ("profile", "simulated_lengths", "simulated_speed")
+"""Settings of the worker that mean something to one engine only."""
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
 
@@ -52,6 +54,11 @@ Try it:
 
 Ctrl-C ends it, after the requests that run.
 """
+PRETENDED = """
+The engine is simulated: text comes at the pace of profile {profile} and means nothing; output
+lengths are from {lengths}, and are not written to the history of real ones.
+"""
+MEMORY = ":memory:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +122,20 @@ def plan(settings: MeshSettings) -> Mesh:
         **_some(told, "otlp_endpoint", "trace_sample_ratio"),
     }
     model = checked_model(settings.model)
-    of_worker = ("engine", "torch_threads", "profile", "simulated_lengths", "simulated_speed")
+    history: dict[str, Any] = {}
+    of_worker = ("engine", "torch_threads", *SIMULATED_ONLY)
     threads = max(1, (os.cpu_count() or 1) // settings.workers)
     if "TRANCHE_WORKER_TORCH_THREADS" not in os.environ:
         told["torch_threads"] = threads
+    engine = str(told.get("engine") or os.environ.get("TRANCHE_WORKER_ENGINE", ""))
+    pretended = engine == "simulated"
+    if not pretended and (unused := _some(told, *SIMULATED_ONLY)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise SetupError(f"{flags}: only the engine simulated takes that; add --engine simulated")
+    if pretended and "TRANCHE_ESTIMATOR_DATABASE" not in os.environ:
+        history["database"] = MEMORY  # invented lengths are nothing for a real mesh to learn from
     mesh = Mesh(
-        estimator=_load(EstimatorSettings, **common),
+        estimator=_load(EstimatorSettings, **common, **history),
         scheduler=_load(
             SchedulerSettings, **common, **_some(told, "policy", "slice_tokens", "set")
         ),
@@ -178,7 +193,11 @@ def checked_model(model: str) -> str:
 
 def banner(mesh: Mesh, seconds: float) -> str:
     """What people read when the mesh is ready."""
-    return BANNER.format(
+    worker = mesh.workers[0]
+    note = ""
+    if worker.engine == "simulated":
+        note = PRETENDED.format(profile=worker.profile, lengths=worker.simulated_lengths)
+    return note + BANNER.format(
         url=mesh.url,
         seconds=seconds,
         model=mesh.workers[0].served_name(),

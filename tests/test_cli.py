@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from services.cli import COMMANDS, explain, main
+from services.mesh import plan
+from services.mesh_settings import MeshSettings
 from services.options import load_settings, pairs
 from services.process import SERVICES, settings_class
 from services.scheduler.core.presets import PRESETS
@@ -224,3 +226,17 @@ def test_keys_are_made_and_shown_once(tranche: Tranche) -> None:
     key = shown.err.split()[-1]
     assert shown.out.startswith("alice ")
     assert key not in shown.out
+
+
+def test_what_only_the_simulated_engine_takes_is_refused_without_it(tranche: Tranche) -> None:
+    shown = tranche("serve", "--profile", "llama-2-13b-a100", "--log-level", "error")
+    assert shown.code != 0
+    assert "--profile: only the engine simulated takes that" in shown.err
+    assert "add --engine simulated" in shown.err
+
+
+def test_invented_lengths_do_not_enter_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANCHE_ESTIMATOR_DATABASE", raising=False)
+    pretended = MeshSettings(engine="simulated", policy="past-future", port=8123)
+    assert plan(pretended).estimator.database_path() == ":memory:"
+    assert plan(MeshSettings(port=8123)).estimator.database_path() != ":memory:"
