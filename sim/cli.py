@@ -1,5 +1,6 @@
 """`tranche simulate`: policies x loads x seeds in virtual time, as a table, JSON and HTML."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +13,27 @@ from services.scheduler.core.presets import preset_named
 from sim import options
 from sim.comparison import comparison_table
 from sim.html_report import Heading, NoPlotly, plotly_script, write_html
-from sim.known_error import known_error
+from sim.known_error import fit_error, known_error
 from sim.parallel import RunFailed
 from sim.report import Report
 from sim.report_table import report_table
 from sim.run import Keep
 from sim.runs import Run, groups_of
+from sim.setup import Setup
 from sim.slo import SloError, parse_slo
 from sim.tasks import Fixed, Task, run_tasks, tasks_of
 from sim.workload import WorkloadError
 
-COLUMNS_MAX = 6
-"""More runs than this make a row each, not a column."""
+NOTHING_DONE_EXIT_CODE = 1
+CAUSES_SHOWN_MAX = 3
+ADVICE = {
+    "too_long": "raise --kv-tokens, lower --max-tokens, or cut requests with --max-prompt-tokens "
+    "and --max-output-tokens",
+    "queue_full": "offer less, add --workers, or raise the queue with --set waiting_max=N",
+    "no_worker": "no worker could take them: another --policy, or more memory with --kv-tokens",
+    "expired": "offer less, or add --workers",
+}
+"""What to change, by the reason of a refusal."""
 
 
 def simulate(
@@ -96,34 +106,58 @@ def simulate(
         console.print(str(error), markup=False)
         raise typer.Exit(1) from error
     runs = [each.run for each in done]
-    show(runs, console)
+    show(runs, console, tasks[0].setup)
     if json_file is not None:
         _write_json([run.report for run in runs], json_file, console)
     if html_file is not None:
-        write_html(html_file, runs, heading_of(tasks))
+        write_html(html_file, runs, heading_of(tasks, runs))
         console.print(f"page: {html_file}", soft_wrap=True)
     if journal is not None:
         journal.write_bytes(done[0].journal)
         console.print(f"journal: {journal}; try: tranche replay {journal}", soft_wrap=True)
+    if not _any_completed(runs):
+        raise typer.Exit(NOTHING_DONE_EXIT_CODE)
 
 
-def show(runs: Sequence[Run], console: Console) -> None:
-    """A few runs of one load side by side with everything; more of them one below the other."""
-    reports = [run.report for run in runs]
-    groups = groups_of(runs)
-    if len(runs) <= COLUMNS_MAX and len({group.load for group in groups}) == 1:
-        console.print(report_table(reports))
+def show(runs: Sequence[Run], console: Console, setup: Setup) -> None:
+    """One run with everything; several one below the other, as means over their seeds. `setup`:
+    any of theirs."""
+    first = runs[0].report
+    if len(runs) == 1:
+        console.print(report_table([first]))
     else:
-        first = reports[0]
-        title = f"{first.workload}, {first.workers} x {first.notes.get('profile', '')}"
-        console.print(comparison_table(groups, title, console.width))
-    for report in reports:
-        for cause, count in sorted(report.errors.items(), key=lambda pair: -pair[1])[:3]:
-            console.print(f"{report.policy}: {count} x {cause}", markup=False)
-    console.print(known_error(), style="dim", highlight=False)
+        title = f"{first.workload}, {first.workers} x {setup.profile.name}"
+        console.print(comparison_table(groups_of(runs), title, console.width))
+    for line in losses(runs, setup):
+        console.print(line, markup=False, highlight=False)
+    if _any_completed(runs):
+        for line in (known_error(), fit_error(setup.profile)):
+            console.print(line, style="dim", highlight=False)
 
 
-def heading_of(tasks: Sequence[Task]) -> Heading:
+def losses(runs: Sequence[Run], setup: Setup) -> list[str]:
+    """Why requests were not completed, by policy, and what to do about each reason."""
+    causes: dict[str, Counter[str]] = {}
+    for run in runs:
+        causes.setdefault(run.policy, Counter()).update(run.report.errors)
+    most = {policy: found.most_common(CAUSES_SHOWN_MAX) for policy, found in causes.items()}
+    lines = [f"{policy}: {n} x {cause}" for policy, found in most.items() for cause, n in found]
+    if not _any_completed(runs):
+        lines.append("No request was completed.")
+    longest = max(item.prompt_tokens for item in setup.workload.items) + setup.cap_tokens
+    for cause in dict.fromkeys(cause for found in most.values() for cause, _ in found):
+        told = (
+            f" (the longest may need {longest:,} tokens, prompt and max_tokens; a worker has "
+            f"{setup.kv_tokens_each:,})"
+            if cause == "too_long"
+            else ""
+        )
+        if cause in ADVICE:
+            lines.append(f"{cause}{told}: {ADVICE[cause]}")
+    return lines
+
+
+def heading_of(tasks: Sequence[Task], runs: Sequence[Run]) -> Heading:
     """Of the HTML page: what was simulated, on what."""
     setup = tasks[0].setup
     profile = setup.profile
@@ -137,11 +171,16 @@ def heading_of(tasks: Sequence[Task]) -> Heading:
         "constants": changed or "the policies' own",
         "made by": "tranche simulate: the scheduler's own core in virtual time; the workers and "
         "their times are simulated from the cost profile",
-        "error": known_error(),
     }
+    if _any_completed(runs):
+        facts |= {"error": known_error(), "fit": fit_error(profile)}
     names = list(dict.fromkeys(task.setup.policy for task in tasks))
     title = f"{names[0]} in simulation" if len(names) == 1 else "Policies in simulation"
     return Heading(title, tuple(facts.items()))
+
+
+def _any_completed(runs: Sequence[Run]) -> bool:
+    return any(run.report.completed for run in runs)
 
 
 def _is_output(path: Path | None) -> bool:

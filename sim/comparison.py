@@ -12,7 +12,8 @@ from sim.runs import Group, loads_of
 WIDE = 110
 """Columns of characters from which all figures find room."""
 COLUMNS = (
-    ("goodput_rps", "goodput\nreq/s", True),
+    ("goodput_rps", "good\nreq/s", True),
+    ("good_share", "in\nSLO", True),
     ("throughput_rps", "done\nreq/s", True),
     ("output_tps", "output\ntok/s", False),
     ("ttft_s.mean", "TTFT\nmean s", True),
@@ -30,10 +31,15 @@ def comparison_table(groups: Sequence[Group], title: str, width: int = WIDE) -> 
     """Rows are policies, by load from light to heavy; figures are means over the seeds. The best
     of a load is bold."""
     seeds = max((len(group.runs) for group in groups), default=1)
-    shown = [(name, heading) for name, heading, narrow in COLUMNS if narrow or width >= WIDE]
+    shown = [
+        (name, heading)
+        for name, heading, narrow in COLUMNS
+        if (narrow or width >= WIDE)
+        and (name != "good_share" or any(report.slo for g in groups for report in g.reports))
+    ]
     table = Table(
         title=title,
-        caption=f"means over {seeds} seeds" if seeds > 1 else None,
+        caption=_caption(groups, seeds),
         box=box.SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -65,6 +71,16 @@ def best_of(groups: Sequence[Group], metric: Metric) -> float | None:
     return max(found) if metric.better == "higher" else min(found)
 
 
+def _caption(groups: Sequence[Group], seeds: int) -> str | None:
+    lines = [f"means over {seeds} seeds"] if seeds > 1 else []
+    rates = [load.offered_rps for load in loads_of(groups) if load.offered_rps is not None]
+    if rates:
+        told = ", ".join(f"{rate:.3g}" for rate in rates)
+        lines.append(f"offered: {told} req/s; good and done count the drain too, so short runs")
+        lines.append("lie below what is offered")
+    return "\n".join(lines) or None
+
+
 def _lost(group: Group) -> str:
     lost = sum(report.rejected + report.failed for report in group.reports)
     sent = sum(report.requests for report in group.reports)
@@ -76,4 +92,6 @@ def _cell(group: Group, metric: Metric, best: float | None) -> str:
     if value is None:
         return "-"
     text = metric.text(value.mean) if metric.digits == 0 else short(value.mean)
+    if metric.unit == "share":
+        text = f"{value.mean:.1%}"
     return f"[bold green]{text}[/]" if best is not None and value.mean == best else text

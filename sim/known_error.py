@@ -7,6 +7,8 @@ repository), the sentence only says where to look.
 import json
 from pathlib import Path
 
+from shared.profiles import CostProfile
+
 STORED = Path(__file__).parents[1] / "bench" / "results" / "reproduction" / "reality.json"
 MEASURES = {
     "TTFT, mean, s": "mean TTFT",
@@ -15,6 +17,11 @@ MEASURES = {
     "throughput, tokens/s": "throughput",
 }
 """Rows of the section's first table, and what they are called here."""
+MEASURED_ON = (
+    "policy vllm on one RTX 4090, profile llama-3.1-8b-rtx4090; other profiles and policies are "
+    "not checked against reality"
+)
+"""What the part `reality` replays."""
 ELSEWHERE = "docs/reproduction.md of the repository compares the simulator with a real vLLM run"
 
 
@@ -24,4 +31,14 @@ def known_error(stored: Path = STORED) -> str:
         return ELSEWHERE
     rows = json.loads(stored.read_bytes())["tables"][0]["rows"]
     errors = [f"{MEASURES[row[0]]} {row[3]}" for row in rows if row[0] in MEASURES]
-    return f"the simulator's error against a recorded vLLM run: {', '.join(errors)}"
+    return f"the simulator's error against a recorded vLLM run ({MEASURED_ON}): {', '.join(errors)}"
+
+
+def fit_error(profile: CostProfile) -> str:
+    """How far the profile's own fit is off on cells that it did not see; also no full stop."""
+    if not profile.errors:
+        return f"profile {profile.name} does not say how good its fit is"
+    errors = ", ".join(
+        f"{phase} {error.median:.1%} / {error.p95:.1%}" for phase, error in profile.errors.items()
+    )
+    return f"profile {profile.name}: error of its fit on held-out cells, median / p95: {errors}"

@@ -88,6 +88,15 @@ METRICS: tuple[Metric, ...] = (
         "Completed requests within every service-level objective, divided by the duration. "
         "Without an objective it equals the throughput.",
     ),
+    Metric(
+        "good_share",
+        "share within objectives",
+        "share",
+        3,
+        "higher",
+        "Requests completed within every service-level objective, of all that were sent; refused "
+        "and failed ones count as missed. Unlike goodput it does not depend on the drain.",
+    ),
     Metric("output_tps", "output", "tokens/s", 0, "higher", "Output tokens over the duration."),
     Metric("prompt_tokens", "prompt tokens", "", 0, "", "Total of all requests."),
     Metric("output_tokens", "output tokens", "", 0, "", "Total that reached the clients."),

@@ -69,6 +69,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     throughput_rps: float
     output_tps: float
     goodput_rps: float
+    good_share: float | None = None
+    """Completed within every objective, of all requests; None without objectives."""
     slo: dict[str, float]
     ttft_s: Spread
     tpot_s: Spread
@@ -138,6 +140,7 @@ def summarise(
         throughput_rps=len(done) / duration,
         output_tps=sum(record.output_tokens for record in records) / duration,
         goodput_rps=good / duration,
+        good_share=good / len(records) if records and slo.as_dict() else None,
         slo=slo.as_dict(),
         ttft_s=spread([record.ttft_s for record in done]),
         tpot_s=spread([record.tpot_s for record in done if record.output_tokens > 1]),

@@ -44,6 +44,8 @@ _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("duration, s", lambda r: _number(r.duration_s, 1)),
     ("throughput, requests/s", lambda r: _number(r.throughput_rps)),
     ("goodput, requests/s", lambda r: _number(r.goodput_rps) if r.slo else "-"),
+    ("share within objectives", lambda r: "-" if r.good_share is None else f"{r.good_share:.2%}"),
+    ("offered, requests/s", lambda r: r.notes.get("offered_rps", "-")),
     ("output, tokens/s", lambda r: _number(r.output_tps, 1)),
     ("TTFT, s: mean / p50 / p95 / p99", lambda r: _seconds(r.ttft_s)),
     ("TPOT, s: mean / p50 / p95 / p99", lambda r: _seconds(r.tpot_s)),

@@ -7,7 +7,9 @@ from rich.console import Console
 
 from sim.comparison import best_of, comparison_table
 from sim.metrics import averaged, metric_named
+from sim.report import summarise
 from sim.runs import Load, Run, groups_of, loads_of
+from sim.slo import Slo
 from tests.sim.finished_runs import toy_run
 
 
@@ -42,6 +44,22 @@ def test_figures_are_means_over_the_seeds() -> None:
     text = shown(runs, 200)
     assert f"{sum(values) / 3:.2f}" in text
     assert "means over 3 seeds" in text
+
+
+def test_the_share_within_the_objectives_is_of_all_that_were_sent() -> None:
+    run = toy_run("slow", 60.0, count=1500)
+    slo = Slo(**run.report.slo)
+    good = sum(
+        record.outcome == "completed"
+        and slo.met(record.ttft_s, record.tpot_s, record.gap_max_s, record.e2e_s)
+        for record in run.records
+    )
+    assert run.report.good_share == good / 1500
+    text = shown([run], 80)
+    assert f"{good / 1500:.1%}" in text
+    assert "offered: 60 req/s" in text
+    aimless = summarise(run.records, policy="p", workers=1, slo=Slo())
+    assert aimless.good_share is None
 
 
 def test_lost_requests_are_told() -> None:

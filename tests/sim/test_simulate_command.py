@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from services.replay_command import replay
-from sim.cli import simulate
+from sim.cli import NOTHING_DONE_EXIT_CODE, simulate
 from sim.plan_cli import UNMET_EXIT_CODE, plan
 
 KEYS = """policy workers requests completed rejected failed duration_s throughput_rps output_tps
@@ -52,6 +52,20 @@ def test_one_run_gives_one_report_with_the_agreed_keys(tmp_path: Path) -> None:
     assert report["evictions"] == 0
     assert 0 < report["kv_util_mean"] <= report["kv_peak_max"] <= 1
     assert "TTFT" in text
+    said = " ".join(text.split())
+    assert "profile llama-3.1-8b-rtx4090; other profiles and policies are not checked" in said
+    assert "profile llama-2-13b-a100: error of its fit on held-out cells" in said
+    assert f"{report['good_share']:.2%}" in text
+    assert report["notes"]["offered_rps"] in text
+
+
+def test_seeds_and_policies_at_one_load_are_shown_as_means() -> None:
+    many = ("--policy", "scls,vllm", "--seed", "0", "--seed", "1", "--limit", "20", "--jobs", "1")
+    code, text = called(simulate, *SMALL, *RATE, *many, "--workers", "2", "--slo", "ttft=1")
+    assert code == 0, text
+    assert "means over 2 seeds" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith((" scls", " vllm"))]
+    assert [row[0] for row in rows] == ["scls", "vllm"]
 
 
 def test_policies_loads_and_seeds_multiply_in_parallel_processes(tmp_path: Path) -> None:
@@ -124,8 +138,11 @@ def test_a_load_that_fits_nowhere_is_reported_as_refused(tmp_path: Path) -> None
     page = tmp_path / "page.html"
     tiny = ("--kv-tokens", "16", "--workers", "1", "--policy", "scls,vllm", "--jobs", "1")
     code, text = called(simulate, *SMALL, *RATE, *tiny, "--html", str(page))
-    assert code == 0, text
-    assert "vllm: 60 x" in text
+    assert code == NOTHING_DONE_EXIT_CODE, text
+    said = " ".join(text.split())
+    assert "vllm: 60 x too_long" in said
+    assert "a worker has 16): raise --kv-tokens" in said
+    assert "recorded vLLM run" not in said, "no figure to trust"
     assert "120 of 120 requests were refused or failed" in page.read_text(encoding="utf-8")
 
 
