@@ -62,7 +62,8 @@ def make_workload(
         return Workload(name, tuple(items), clients)
     if rate is not None:
         return Workload(name, tuple(random_arrivals(items, rate, Random(seed), burst)))
-    return Workload(name, tuple(_recorded(str(source), items, rate_scale)))
+    synthetic = all(part.synthetic for part in parts)
+    return Workload(name, tuple(_recorded(str(source), items, rate_scale, synthetic)))
 
 
 def _check(
@@ -86,9 +87,15 @@ def _check(
         )
 
 
-def _recorded(source: str, items: Sequence[Item], rate_scale: float | None) -> list[Item]:
-    if any(item.arrival_s is None for item in items):
-        raise WorkloadError(f"{source}: no arrival_s column; give --rate or --clients")
+def _recorded(
+    source: str, items: Sequence[Item], rate_scale: float | None, synthetic: bool
+) -> list[Item]:
+    without = sum(item.arrival_s is None for item in items)
+    if synthetic:
+        raise WorkloadError(f"{source} has no arrivals: give --rate or --clients")
+    if without:
+        which = "no arrival_s column" if without == len(items) else f"{without} without arrival_s"
+        raise WorkloadError(f"{source}: {which}; give --rate or --clients")
     return recorded_arrivals(items, rate_scale or 1.0)
 
 
