@@ -23,6 +23,33 @@ from sim.workload import Workload, WorkloadError, make_workload
 ALL = "all"
 LOAD_KINDS = ("rate", "rate-scale", "clients")
 
+
+def _one(kind: type[int] | type[float], flag: str, text: str) -> float:
+    if "," in text:
+        again = " ".join(f"{flag} {part.strip()}" for part in text.split(",") if part.strip())
+        raise typer.BadParameter(f"{text!r} is no single number; repeat the flag: {again}")
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise typer.BadParameter(f"{text!r} is no {what}") from None
+
+
+def rate_number(text: str) -> float:
+    """Of `--rate`. Raises typer.BadParameter, as do the other two."""
+    return _one(float, "--rate", text)
+
+
+def scale_number(text: str) -> float:
+    """Of `--rate-scale`."""
+    return _one(float, "--rate-scale", text)
+
+
+def clients_number(text: str) -> int:
+    """Of `--clients`."""
+    return int(_one(int, "--clients", text))
+
+
 Trace = Annotated[
     str,
     typer.Option(
@@ -44,15 +71,49 @@ Limit = Annotated[int | None, typer.Option(help="Most requests.")]
 PromptCap = Annotated[int | None, typer.Option(help="Cuts longer prompts.")]
 OutputCap = Annotated[int | None, typer.Option(help="Cuts longer outputs.")]
 Rates = Annotated[
-    list[float] | None, typer.Option("--rate", help="Random arrivals a second. Repeatable.")
+    list[float] | None,
+    typer.Option(
+        "--rate",
+        metavar="<float>",
+        parser=rate_number,
+        help="Random arrivals a second. Repeatable: --rate 8 --rate 10.",
+    ),
 ]
 RateScales = Annotated[
     list[float] | None,
-    typer.Option("--rate-scale", help="Speed-up of the trace's own arrivals. Repeatable."),
+    typer.Option(
+        "--rate-scale",
+        metavar="<float>",
+        parser=scale_number,
+        help="Speed-up of the trace's own arrivals. Repeatable.",
+    ),
 ]
 Clients = Annotated[
     list[int] | None,
-    typer.Option("--clients", help="Closed loop with so many clients. Repeatable."),
+    typer.Option(
+        "--clients",
+        metavar="<int>",
+        parser=clients_number,
+        help="Closed loop with so many clients. Repeatable.",
+    ),
+]
+OneRate = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--rate", metavar="<float>", parser=rate_number, help="Random arrivals a second. Only one."
+    ),
+]
+OneRateScale = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--rate-scale", metavar="<float>", parser=scale_number, help="Speed-up of the trace. One."
+    ),
+]
+OneClients = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--clients", metavar="<int>", parser=clients_number, help="Closed loop with so many."
+    ),
 ]
 Burst = Annotated[
     float | None,

@@ -34,9 +34,9 @@ def plan(
     limit: options.Limit = None,
     max_prompt_tokens: options.PromptCap = None,
     max_output_tokens: options.OutputCap = None,
-    rate: Annotated[float | None, typer.Option(help="Random arrivals a second.")] = None,
-    rate_scale: Annotated[float | None, typer.Option(help="Speed-up of the trace.")] = None,
-    clients: Annotated[int | None, typer.Option(help="Closed loop with so many.")] = None,
+    rate: options.OneRate = None,
+    rate_scale: options.OneRateScale = None,
+    clients: options.OneClients = None,
     burst: options.Burst = None,
     tenants: options.Tenants = None,
     shuffle: options.Shuffle = False,
@@ -72,11 +72,7 @@ def plan(
             max_tokens,
             options.constants(changes or (), slice_tokens),
         )
-        load = options.loads(
-            [rate] if rate is not None else None,
-            [rate_scale] if rate_scale is not None else None,
-            [clients] if clients is not None else None,
-        )[0]
+        load = the_load(options.loads(rate, rate_scale, clients))
         seeds = list(dict.fromkeys(seed or [0]))
         offered = choice.made(load, seeds[0])[1]
         plans = {}
@@ -106,6 +102,17 @@ def plan(
         console.print(f"plan: {json_file}", soft_wrap=True)
     if any(each.workers is None for each in plans.values()):
         raise typer.Exit(UNMET_EXIT_CODE)
+
+
+def the_load(loads: Sequence[Load]) -> Load:
+    """The only one. Raises WorkloadError."""
+    if len(loads) > 1:
+        kind = loads[0].kind
+        apart = " and ".join(f"--{kind} {load.value:g}" for load in loads)
+        raise WorkloadError(
+            f"a plan is for one load: call it once with each of {apart}, or plan for the heaviest"
+        )
+    return loads[0]
 
 
 def attainment(runs: Sequence[Run], slo: Slo) -> float:

@@ -177,6 +177,13 @@ def test_a_plan_that_cannot_be_met_says_so() -> None:
         assert size in text
 
 
+def test_a_plan_for_two_loads_is_refused() -> None:
+    code, text = called(plan, *SMALL, *RATE, "--rate", "8", "--slo", "ttft=1", "--policy", "vllm")
+    assert code == USAGE_EXIT_CODE
+    said = " ".join(text.replace("│", " ").split())
+    assert "once with each of --rate 6 and --rate 8" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -191,9 +198,12 @@ def test_a_plan_that_cannot_be_met_says_so() -> None:
         (("--policy", "vllm,scls", "--journal", "x"), "one run"),
         (("--policy", "oracle", "--journal", "x"), "true lengths"),
         (("--policy", "vllm", "--html", "."), "cannot be written"),
+        (("--policy", "vllm", "--rate", "8, 10"), "repeat the flag: --rate 8 --rate 10"),
+        (("--policy", "vllm", "--rate", "fast"), "'fast' is no number"),
+        (("--policy", "vllm", "--clients", "1.5"), "'1.5' is no whole number"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments: tuple[str, ...], words: str) -> None:
     code, text = called(simulate, *SMALL, *RATE, "--workers", "1", *arguments)
     assert code == USAGE_EXIT_CODE
-    assert words in " ".join(text.split())
+    assert words in " ".join(text.replace("│", " ").split())
