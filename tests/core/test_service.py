@@ -336,11 +336,30 @@ async def test_a_policy_that_no_worker_can_run_is_refused_with_advice(mesh: Mesh
         assert "--engine" in answer.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("future_reserve", "5", "0.05"),
+        ("prompt_watermark", "1", "0"),
+        ("memory_share", "90", "1"),
+        ("aggressive_watermark", "0", "0.95"),
+        ("cold_start_share", "1.5", "1"),
+        ("conservative_overcommit", "-1", "1.5"),
+    ],
+)
+def test_shares_are_not_per_cents(name: str, wrong: str, right: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        SchedulerSettings(set={name: wrong})
+    assert getattr(SchedulerSettings(set={name: right}).constants(), name) == float(right)
+
+
 def test_unknown_names_are_errors_that_list_the_known() -> None:
     with pytest.raises(ValueError, match="known are: sls, ils, so, pm, ab, lb, scls"):
         SchedulerSettings(policy="best")
     with pytest.raises(ValueError, match=r"unknown constant 'gama'.*interval_floor_s"):
         SchedulerSettings(set={"gama": "1"})
+    with pytest.raises(ValueError, match="'slice_token', did you mean 'slice_tokens'"):
+        SchedulerSettings(set={"slice_token": "8"})
     with pytest.raises(ValueError, match="overdue_s wants a number, not 'soon'"):
         SchedulerSettings(set={"overdue_s": "soon"})
     assert SchedulerSettings(set={"overdue_s": "7.5"}).constants().overdue_s == 7.5

@@ -61,6 +61,9 @@ def test_truth_goes_with_the_gate_that_needs_it() -> None:
     ("name", "says"),
     [
         ("nobody+order=fcfs", "unknown policy 'nobody'; known are: sls"),
+        ("past-futur", "unknown policy 'past-futur', did you mean 'past-future'"),
+        ("vllm+ordr=fcfs", "no question 'ordr', did you mean 'order'"),
+        ("vllm+offloading=sal", "no such offloading as 'sal', did you mean 'sal-"),
         ("vllm+", "'' is not question=answer"),
         ("vllm+sal-a", "'sal-a' is not question=answer"),
         ("vllm+colour=red", "no question 'colour'; questions are order, admission"),

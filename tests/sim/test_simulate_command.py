@@ -191,6 +191,7 @@ def test_a_plan_for_two_loads_is_refused() -> None:
         (("--policy", "vllm", "--profile", "nope"), "llama-2-13b-a100"),
         (("--policy", "vllm", "--set", "nope=1"), "known are"),
         (("--policy", "vllm", "--set", "nope"), "NAME=VALUE"),
+        (("--policy", "vlm"), "unknown policy 'vlm', did you mean 'vllm'"),
         (("--policy", "vllm", "--set", "slice_tokens=0"), "at least 1"),
         (("--policy", "vllm", "--slo", "speed=1"), "ttft=SECONDS"),
         (("--policy", "vllm", "--clients", "3"), "give one of --rate"),

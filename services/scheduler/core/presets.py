@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.scheduler.core.settings import Constants, known_names
+from services.scheduler.core.settings import Constants, did_you_mean, known_names
 from services.scheduler.core.variants import UnknownAnswer, check, spelled
 from shared.messages import Form
 
@@ -319,8 +319,8 @@ def preset_named(name: str) -> Preset:
     try:
         spelling = spelled(name, PRESETS)
         if spelling.preset not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise UnknownPreset(f"unknown policy {spelling.preset!r}; known are: {known}")
+            near, known = did_you_mean(spelling.preset, PRESETS), ", ".join(PRESETS)
+            raise UnknownPreset(f"unknown policy {spelling.preset!r}{near}; known are: {known}")
         row = PRESETS[spelling.preset]
         check(spelling, row.form)
     except UnknownAnswer as error:

@@ -4,8 +4,9 @@ Tags follow the research notes: [M] recollected from memory of a paper and not c
 reconstruction, [T] Tranche's own choice. `--set NAME=VALUE` changes any of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 
 
 class UnknownConstant(ValueError):
@@ -220,6 +221,13 @@ class Constants:
 
 AT_LEAST_ONE = frozenset({"slice_tokens", "batch_size", "batches_max", "gate_tests_max"})
 """With 0 of these nothing would ever run."""
+SHARES = frozenset({"ample_share", "lease_margin_share", "cold_start_share"})
+"""From 0 to 1. Not `interval_share`, a factor; nor `conservative_overcommit`, which is to exceed
+1; nor `aggressive_full_at`, which above 1 never binds."""
+FILLED = frozenset({"memory_share", "aggressive_watermark"})
+"""Shares of memory that may be used: with 0 nothing would fit, above 1 there is none."""
+KEPT_FREE = frozenset({"future_reserve", "oracle_reserve", "larry_reserve", "prompt_watermark"})
+"""Shares of memory that stay free: with 1 nothing would fit."""
 
 
 def known_names() -> list[str]:
@@ -232,10 +240,16 @@ def with_overrides(constants: Constants, overrides: Mapping[str, str]) -> Consta
     changes: dict[str, int | float | bool] = {}
     for name, text in overrides.items():
         if name not in known_names():
-            known = ", ".join(known_names())
-            raise UnknownConstant(f"unknown constant {name!r}; known are: {known}")
+            near, known = did_you_mean(name, known_names()), ", ".join(known_names())
+            raise UnknownConstant(f"unknown constant {name!r}{near}; known are: {known}")
         changes[name] = _parse(name, text, type(getattr(constants, name)))
     return replace(constants, **changes)  # type: ignore[arg-type]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant, to stand behind the wrong name; empty if nothing is near."""
+    near = get_close_matches(name.lower(), list(known), n=2)
+    return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _parse(name: str, text: str, kind: type) -> int | float | bool:
@@ -249,7 +263,18 @@ def _parse(name: str, text: str, kind: type) -> int | float | bool:
         raise UnknownConstant(f"{name} must be finite and not negative, not {text!r}")
     if number < 1 and name in AT_LEAST_ONE:
         raise UnknownConstant(f"{name} must be at least 1, not {text!r}")
+    _check_share(name, number, text)
     return number
+
+
+def _check_share(name: str, number: float, text: str) -> None:
+    """Per cents given as such, for example."""
+    if name in SHARES and not 0 <= number <= 1:
+        raise UnknownConstant(f"{name} is a share from 0 to 1, not {text!r}")
+    if name in FILLED and not 0 < number <= 1:
+        raise UnknownConstant(f"{name} is a share above 0, at most 1, not {text!r}")
+    if name in KEPT_FREE and not 0 <= number < 1:
+        raise UnknownConstant(f"{name} is a share of memory kept free, below 1, not {text!r}")
 
 
 def _wanted(kind: type) -> str:

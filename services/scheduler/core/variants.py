@@ -13,6 +13,7 @@ from services.scheduler.core.policies.order import ORDERS
 from services.scheduler.core.policies.pacing import LEASE_PACINGS, PACINGS
 from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.policies.victims import VICTIMS
+from services.scheduler.core.settings import did_you_mean
 from shared.messages import Form
 
 Answers = Mapping[str, Mapping[str, Any]]
@@ -95,11 +96,12 @@ def check(spelling: Spelling, form: Form) -> None:
 def _no_such_question(question: str, form: Form) -> str:
     if any(question in answers for answers in QUESTIONS.values()):
         return f"{form} presets are not asked for {question}"
-    return f"there is no question {question!r}"
+    return f"there is no question {question!r}{did_you_mean(question, QUESTIONS[form])}"
 
 
 def _no_such_answer(question: str, answer: str, form: Form) -> str:
     others = [other for other in QUESTIONS if answer in QUESTIONS[other].get(question, ())]
     if others:
         return f"{question} {answer!r} is one for {others[0]} presets, and this one is {form}"
-    return f"no such {question} as {answer!r}"
+    near = did_you_mean(answer, QUESTIONS[form][question])
+    return f"no such {question} as {answer!r}{near}"
