@@ -6,13 +6,19 @@ from typing import Annotated
 import typer
 
 from services.scheduler.core.presets import UnknownPreset
-from services.scheduler.core.replay import BadJournal, Difference, replay as replay_journal
+from services.scheduler.core.replay import (
+    BadJournal,
+    Difference,
+    cut_at,
+    replay as replay_journal,
+)
 from shared.config import SetupError
 from shared.messages import RunSlice, SchedulerCommand
 
 DIFFERENT_EXIT_CODE = 3
 SHOWN_COMMANDS_MAX = 8
 SHOWN_ORDERS_MAX = 4
+SHOWN_PAIRS_MAX = 3
 OUTLINED = ("worker", "gateway", "batch_id", "request_id", "attempt", "reason", "iterations")
 LEASED = ("margin_tokens", "iteration_tokens", "prefill_first")
 
@@ -32,9 +38,16 @@ def replay(
     Raises SetupError for a file that is no journal, or an unknown policy.
     """
     try:
-        steps, difference = replay_journal(file.read_bytes(), policy or None)
+        data = file.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{file}: {error.strerror}; give the file of a journal") from error
+    try:
+        steps, difference = replay_journal(data, policy or None)
     except (BadJournal, UnknownPreset) as error:
         raise SetupError(f"{file}: {error}") from error
+    cut = cut_at(data)
+    if cut is not None:
+        typer.echo(f"the last record is cut off at byte {cut}; it is left out", err=True)
     if difference is None:
         typer.echo(f"{steps} steps, every decision the same")
         return
@@ -53,7 +66,24 @@ def described(difference: Difference) -> str:
         lines += [f"    {outline(command)}" for command in commands[:SHOWN_COMMANDS_MAX]]
         if len(commands) > SHOWN_COMMANDS_MAX:
             lines.append(f"    and {len(commands) - SHOWN_COMMANDS_MAX} more")
+    pairs = zip(difference.recorded, difference.replayed, strict=False)
+    told = [text for pair in pairs if (text := unlike(*pair))]
+    lines += [f"  {text}" for text in told[:SHOWN_PAIRS_MAX]]
     return "\n".join(lines)
+
+
+def unlike(recorded: SchedulerCommand, replayed: SchedulerCommand) -> str:
+    """The fields in which two commands of one kind differ, such as two beats; else empty. Of
+    what may hold prompts only the field's name is told."""
+    if type(recorded) is not type(replayed):
+        return ""
+    parts = []
+    for field in recorded.__struct_fields__:
+        old, new = getattr(recorded, field), getattr(replayed, field)
+        if old != new:
+            plain = all(isinstance(value, (int, float, str, type(None))) for value in (old, new))
+            parts.append(f"{field} {old!r} recorded, {new!r} replayed" if plain else field)
+    return f"{type(recorded).__name__} differs in: {'; '.join(parts)}" if parts else ""
 
 
 def outline(command: SchedulerCommand) -> str:

@@ -10,7 +10,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from services.replay_command import replay
+from services.replay_command import described, replay
+from services.scheduler.core.replay import Difference
+from shared.config import SetupError
+from shared.messages import SchedulerBeat
 from sim.cli import NOTHING_DONE_EXIT_CODE, simulate
 from sim.plan_cli import UNMET_EXIT_CODE, plan
 
@@ -116,6 +119,33 @@ def test_a_simulated_journal_replays_to_the_same_decisions(tmp_path: Path, polic
     code, text = called(replay, str(journal), "--policy", "sls")
     assert code == 3
     assert "replayed" in text
+
+
+def test_what_is_no_whole_journal_is_told(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    with pytest.raises(SetupError, match="No such file"):
+        called(replay, str(journal))
+    journal.touch()
+    with pytest.raises(SetupError, match="journal: empty"):
+        called(replay, str(journal))
+    arguments = ("--policy", "vllm", "--workers", "1", "--limit", "5", "--journal", str(journal))
+    assert called(simulate, *SMALL, *RATE, *arguments)[0] == 0
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-3])
+    code, text = called(replay, str(journal))
+    assert code == 0
+    cut = re.search(r"cut off at byte (\d+)", text)
+    assert cut is not None
+    journal.write_bytes(whole[: int(cut[1])])
+    shorter = called(replay, str(journal))[1]
+    assert shorter == text.splitlines(keepends=True)[-1]
+
+
+def test_a_difference_between_beats_shows_the_fields() -> None:
+    one = SchedulerBeat(epoch=1, waiting=3, running=5, kv_usage=0.25)
+    other = SchedulerBeat(epoch=1, waiting=4, running=5, kv_usage=0.5)
+    text = described(Difference(7, 1.5, (one,), (other,)))
+    assert "SchedulerBeat differs in: waiting 3 recorded, 4 replayed; kv_usage 0.25" in text
 
 
 def test_options_reach_the_simulation(tmp_path: Path) -> None:

@@ -86,12 +86,25 @@ def records(data: bytes) -> Iterator[Started | Step]:
         at += LENGTH_BYTES + length
 
 
+def cut_at(data: bytes) -> int | None:
+    """Where a last record begins that is not whole; None if all are."""
+    at = 0
+    while at < len(data):
+        end = at + LENGTH_BYTES + int.from_bytes(data[at : at + LENGTH_BYTES], "big")
+        if end > len(data) or at + LENGTH_BYTES > len(data):
+            return at
+        at = end
+    return None
+
+
 def replay(data: bytes, policy: str | None = None) -> tuple[int, Difference | None]:
     """Run the recorded events through a new core: (steps run, the first difference or None).
 
     With `policy` another preset decides; then the first difference is where it would have acted
     otherwise. Raises BadJournal and UnknownPreset.
     """
+    if not data:
+        raise BadJournal("empty: no leadership has been recorded")
     core: Scheduler | None = None
     steps = 0
     for record in records(data):
