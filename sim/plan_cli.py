@@ -16,9 +16,11 @@ from sim.run import NOTHING
 from sim.runs import Load, Run
 from sim.slo import Slo, SloError, parse_slo
 from sim.tasks import Fixed, run_tasks, tasks_of
-from sim.workload import WorkloadError
+from sim.workload import Workload, WorkloadError
 
 UNMET_EXIT_CODE = 3
+REQUESTS_FEW = 1000
+"""With fewer, ten requests more or less within the objectives are one per cent or more."""
 
 
 def plan(
@@ -74,7 +76,7 @@ def plan(
         )
         load = the_load(options.loads(rate, rate_scale, clients))
         seeds = list(dict.fromkeys(seed or [0]))
-        offered = choice.made(load, seeds[0])[1]
+        workload, offered = choice.made(load, seeds[0])
         plans = {}
         for name in options.policies(policy):
 
@@ -97,6 +99,7 @@ def plan(
     console.print(plan_table(plans))
     for sentence in sentences(plans, target, workers_max):
         console.print(sentence, markup=False, highlight=False)
+    console.print(length_note(workload), highlight=False)
     if json_file is not None:
         json_file.write_bytes(_as_json(plans, objectives, target, offered))
         console.print(f"plan: {json_file}", soft_wrap=True)
@@ -127,6 +130,18 @@ def attainment(runs: Sequence[Run], slo: Slo) -> float:
         )
         shares.append(good / max(len(run.records), 1))
     return sum(shares) / len(shares)
+
+
+def length_note(workload: Workload) -> str:
+    """What the answer rests on: the workload's length."""
+    count = len(workload.items)
+    note = (
+        f"It rests on {count:,} requests, beginning with idle workers: queues and memory need time "
+        "to fill, and the last requests run while the load drains. A longer trace may need more."
+    )
+    if count < REQUESTS_FEW:
+        note += f" Warning: fewer than {REQUESTS_FEW:,} requests; raise --limit for a firm answer."
+    return note
 
 
 def plan_table(plans: dict[str, Plan]) -> Table:

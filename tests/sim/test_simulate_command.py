@@ -196,6 +196,7 @@ def test_a_plan_names_the_fewest_workers_and_what_was_tried(tmp_path: Path) -> N
     assert made["workers"] > 1
     assert shares[made["workers"] - 1] < 0.95
     assert f"vllm: {made['workers']} workers" in text
+    assert "Warning: fewer than 1,000 requests" in " ".join(text.split())
 
 
 def test_a_plan_that_cannot_be_met_says_so() -> None:
