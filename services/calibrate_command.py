@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NOISE_TOLD = 0.2
 """Standard deviation / mean of equal steps from which the user is warned."""
+DECODE_S_MIN = 1e-4
+"""No model decodes in less; a table whose decodes do has most likely seconds for milliseconds."""
 WINDOW_STEPS = 8
 """Decode steps that make one cell: their median time at their mean context."""
 
@@ -84,6 +86,12 @@ def calibrate(
             tables = _wanted(read_tables(from_table), model, from_table)
             if name and len(tables) > 1:
                 raise typer.BadParameter(f"--name is for one table; {from_table} has {len(tables)}")
+            for table in tables:
+                if looks_like_seconds(table.cells):
+                    console.print(
+                        f"Warning: {table.model}: half of all decodes take less than "
+                        f"{DECODE_S_MIN * 1e3:g} ms. Does latency_ms hold seconds?"
+                    )
             made = [
                 _fitted(table, from_table, name, kv_tokens, kv_block_tokens or 16, seed)
                 for table in tables
@@ -121,6 +129,12 @@ def numbers(text: str) -> list[int]:
     if not found or found[0] < 1:
         raise typer.BadParameter(f"{text!r}: numbers are at least 1")
     return found
+
+
+def looks_like_seconds(cells: Iterable[Cell]) -> bool:
+    """Whether latencies were given in another unit than milliseconds, to judge by decodes."""
+    decodes = [cell.seconds for cell in cells if cell.phase == "decode"]
+    return bool(decodes) and median(decodes) < DECODE_S_MIN
 
 
 def cells_of(runs: Iterable["Measured"]) -> tuple[list[Cell], float]:

@@ -57,6 +57,8 @@ def read_tables(path: Path) -> list[Table]:
 def cell_of(row: Mapping[str, Any]) -> Cell:
     """One row. Raises ValueError."""
     phase, seconds = str(row["phase"]), float(row["latency_ms"]) / 1e3
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"latency_ms is {row['latency_ms']!r}; it must be above 0")
     rows, context = int(float(row["batch_size"])), int(float(row["context_len"]))
     chunk, cached, decodes, kv = (int(float(row.get(name) or 0)) for name in MIXED)
     if phase == "mixed":

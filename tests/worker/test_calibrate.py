@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from services.calibrate_command import cells_of
+from services.calibrate_command import cells_of, looks_like_seconds
 from services.cli import main
 from services.worker.engines.api import EngineInfo
 from services.worker.measure import Measured, Point, grid, measure
 from shared.config import SetupError
 from shared.messages import WorkerMemory
 from shared.profiles import load_profile
+from sim.calibration_cells import Cell
 from tests.worker.conftest import MakeEngine
 
 TABLE = Path(__file__).parents[2] / "deploy" / "costs" / "tables"
@@ -115,6 +116,26 @@ def test_a_table_becomes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture
     assert fitted.errors["decode"].median == pytest.approx(
         shipped.errors["decode"].median, abs=1e-3
     )
+
+
+def test_an_impossible_latency_names_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (TABLE / "composed_iteration_latency.csv").read_text().splitlines()
+    at = lines[0].split(",").index("latency_ms")
+    cells = lines[2].split(",")
+    cells[at] = "-3"
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join([*lines[:2], ",".join(cells)]))
+    assert run("--from-table", table, "--out", tmp_path) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "row 3: latency_ms is '-3'; it must be above 0" in said
+
+
+@pytest.mark.parametrize(("decode_s", "suspect"), [(25e-6, True), (25e-3, False)])
+def test_seconds_in_place_of_milliseconds_are_noticed(decode_s: float, suspect: bool) -> None:
+    cells = [Cell(((100, 0),), 0, 0, 9.0), *(Cell((), 1, 10 * n, decode_s) for n in (1, 2, 3))]
+    assert looks_like_seconds(cells) is suspect
 
 
 @pytest.mark.parametrize(
