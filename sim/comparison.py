@@ -76,8 +76,7 @@ def _caption(groups: Sequence[Group], seeds: int) -> str | None:
     rates = [load.offered_rps for load in loads_of(groups) if load.offered_rps is not None]
     if rates:
         told = ", ".join(f"{rate:.3g}" for rate in rates)
-        lines.append(f"offered: {told} req/s; good and done count the drain too, so short runs")
-        lines.append("lie below what is offered")
+        lines += [f"offered: {told} req/s", "(good and done count the drain at the end too)"]
     return "\n".join(lines) or None
 
 
