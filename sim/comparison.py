@@ -7,7 +7,7 @@ from rich.table import Table
 
 from sim.metrics import Metric, averaged, metric_named
 from sim.report_table import short
-from sim.runs import Group, loads_of
+from sim.runs import Group, loads_of, offered_at
 
 WIDE = 110
 """Columns of characters from which all figures find room."""
@@ -73,7 +73,8 @@ def best_of(groups: Sequence[Group], metric: Metric) -> float | None:
 
 def _caption(groups: Sequence[Group], seeds: int) -> str | None:
     lines = [f"means over {seeds} seeds"] if seeds > 1 else []
-    rates = [load.offered_rps for load in loads_of(groups) if load.offered_rps is not None]
+    found = (offered_at(load, groups) for load in loads_of(groups))
+    rates = [rate for rate in found if rate is not None]
     if rates:
         told = ", ".join(f"{rate:.3g}" for rate in rates)
         lines += [f"offered: {told} req/s", "(good and done count the drain at the end too)"]

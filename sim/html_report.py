@@ -13,7 +13,7 @@ from sim.html_charts import Chart, against_load, latency_curves
 from sim.html_inside import inside_charts
 from sim.html_page import SCRIPT, STYLE
 from sim.metrics import METRICS, Metric, averaged, metric_named
-from sim.runs import Group, Run, groups_of, loads_of
+from sim.runs import Group, Run, groups_of, loads_of, offered_at
 
 INSIDE_MAX = 40
 """Runs whose inside is shown; each adds about 60 KB to the file."""
@@ -146,7 +146,8 @@ def _glance(page: _Page, groups: Sequence[Group]) -> None:
     for load in loads_of(groups):
         own = [group for group in groups if group.load.label == load.label]
         page.add(f"<tbody><tr class='load'><th>{_text(load.label)}</th>")
-        offered = "" if load.offered_rps is None else f"{load.offered_rps:.3g} requests/s offered"
+        rate = offered_at(load, groups)
+        offered = "" if rate is None else f"{rate:.3g} requests/s offered"
         page.add(f"<td colspan='{len(shown) + 1}'>{offered}</td></tr>")
         for group in own:
             cells = "".join(_cell(group, m, best_of(own, m)) for m in shown)
@@ -165,10 +166,11 @@ def _sentences(groups: Sequence[Group]) -> list[str]:
         lines.append(f"Goodput counts completed requests within every objective: {limits}.")
     else:
         lines.append("No service-level objective was set, so goodput equals throughput.")
-    lines.append(
-        "Goodput and throughput divide by the whole duration, with the drain after the last "
-        "arrival: in a short run both lie below the offered rate even if nothing is late."
-    )
+    if any(load.kind != "clients" for load in loads_of(groups)):
+        lines.append(
+            "Goodput and throughput divide by the whole duration, with the drain after the last "
+            "arrival: in a short run both lie below the offered rate even if nothing is late."
+        )
     for load in loads_of(groups)[-3:]:
         own = [group for group in groups if group.load.label == load.label]
         ranked = sorted(

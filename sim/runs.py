@@ -85,6 +85,19 @@ def loads_of(groups: Iterable[Group]) -> list[Load]:
     return sorted(found.values(), key=lambda load: load.position)
 
 
+def offered_at(load: Load, groups: Iterable[Group]) -> float | None:
+    """What the workloads of this load offer, requests a second: the mean over the seeds; None in
+    a closed loop."""
+    seeds = {
+        run.seed: run.load.offered_rps
+        for group in groups
+        for run in group.runs
+        if (run.load.kind, run.load.value) == (load.kind, load.value)
+    }
+    known = [rate for rate in seeds.values() if rate is not None]
+    return sum(known) / len(known) if known else None
+
+
 def policies_of(groups: Iterable[Group]) -> list[str]:
     """The different policies, in the order in which they came."""
     return list(dict.fromkeys(group.policy for group in groups))

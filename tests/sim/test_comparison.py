@@ -1,6 +1,7 @@
 """The table of many runs: rows in order, means over seeds, the best of each load."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.console import Console
 from sim.comparison import best_of, comparison_table
 from sim.metrics import averaged, metric_named
 from sim.report import summarise
-from sim.runs import Load, Run, groups_of, loads_of
+from sim.runs import Load, Run, groups_of, loads_of, offered_at
 from sim.slo import Slo
 from tests.sim.finished_runs import toy_run
 
@@ -60,6 +61,16 @@ def test_the_share_within_the_objectives_is_of_all_that_were_sent() -> None:
     assert "offered: 60 req/s" in text
     aimless = summarise(run.records, policy="p", workers=1, slo=Slo())
     assert aimless.good_share is None
+
+
+def test_what_was_offered_is_a_mean_over_the_seeds() -> None:
+    runs = [
+        replace(toy_run("slow", 4.0, seed), load=Load("rate", 4.0, offered))
+        for seed, offered in enumerate((3.0, 4.5))
+    ]
+    assert offered_at(Load("rate", 4.0), groups_of(runs)) == 3.75
+    assert offered_at(Load("clients", 4.0), groups_of(runs)) is None
+    assert "offered: 3.75 req/s" in shown(runs, 80)
 
 
 def test_lost_requests_are_told() -> None:
