@@ -207,6 +207,8 @@ class Resident(Value, frozen=True, kw_only=True, array_like=True):
     request_id: str
     attempt: int
     position: int
+    until: int = 0
+    """Leased: where its lease ends. 0: not a lease."""
 
 
 class LengthClass(Value, frozen=True, kw_only=True):

@@ -227,7 +227,8 @@ class WorkerBeat(Message, frozen=True, kw_only=True):
     epoch: int = 0
     """The largest epoch that the worker has seen."""
     residents: tuple[Resident, ...] = ()
-    """Full list; filled in the first beat after a start, a reconnect or a new epoch."""
+    """Full list; filled in the first beat after a start, a reconnect or a new epoch, and every ten
+    seconds, so that what was lost on its way is noticed."""
     residents_listed: bool = False
     draining: bool = False
     leaving: bool = False

@@ -61,6 +61,7 @@ class LeasedWorker(FakeWorker):
                 request_id=lease.request_id,
                 attempt=lease.order.attempt,
                 position=self._position(lease.order),
+                until=lease.until,
             )
             for lease in self.leases.values()
             if self._live(lease.order)

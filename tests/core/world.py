@@ -328,6 +328,7 @@ class FakeWorker:
         self.dropped: dict[str, int] = {}
         self.quiet_until = 0.0
         self.draining = False
+        self.beats = 0
 
     @property
     def alive(self) -> bool:
@@ -349,7 +350,8 @@ class FakeWorker:
             )
             self.die()
             return
-        self.say(listed)
+        self.beats += 1
+        self.say(listed or self.beats % 20 == 0)
         self.world.net.after(0.5, self.beat)
 
     def say(self, listed: bool) -> None:

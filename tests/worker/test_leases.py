@@ -347,8 +347,8 @@ def test_a_new_leader_is_told_the_leases_and_goes_on_with_a_renewal(bench: Bench
     commands = bench.do(SchedulerBeat(epoch=7))
     (beat,) = only(WorkerBeat, commands)
     assert beat.residents == (
-        Resident(request_id="a", attempt=1, position=5),
-        Resident(request_id="b", attempt=1, position=2),
+        Resident(request_id="a", attempt=1, position=5, until=5),
+        Resident(request_id="b", attempt=1, position=2, until=30),
     )
     assert only(SliceDone, commands) == [], "a used-up lease waits"
     assert bench.do(renewing(("a", 1, 20), epoch=6)) == [], "of the deposed leader"
@@ -534,3 +534,11 @@ def test_a_renewal_keeps_a_paused_lease_from_being_forgotten(bench: Bench) -> No
     bench.do(renewing(("a", 1, 6)))
     make(bench, 2, 3)
     assert [c for _ in range(10) for c in only(ParkLease, bench.wake())] == []
+
+
+def test_residents_are_listed_every_ten_seconds(bench: Bench) -> None:
+    given(bench, lease_tokens=8)
+    beats = [beat for _ in range(42) for beat in only(WorkerBeat, bench.wake())]
+    listed = [beat.residents for beat in beats if beat.residents_listed]
+    resident = Resident(request_id="a", attempt=1, position=0, until=8)
+    assert listed == [(resident,)] * 2

@@ -36,6 +36,8 @@ class Board:
     """The least input tokens that this worker's gate has refused since its leases last changed."""
     rests_until: FloatArray = field(default_factory=_empty)
     """After a refused order."""
+    holds: FloatArray = field(default_factory=_empty)
+    """Leased: the most tokens of one request that it can serve."""
     batches: FloatArray = field(default_factory=_empty)
     """Closed: batches given and not answered."""
     loads: FloatArray = field(default_factory=_empty)
@@ -53,6 +55,7 @@ class Board:
         self.free = np.append(self.free, 0.0)
         self.refused = np.append(self.refused, np.inf)
         self.rests_until = np.append(self.rests_until, worker.cool_until)
+        self.holds = np.append(self.holds, 0.0)
         self.batches = np.append(self.batches, 0.0)
         self.loads = np.append(self.loads, 0.0)
         self.gauges.mean_output[-1] = self.mean
@@ -68,6 +71,7 @@ class Board:
         self.free = np.delete(self.free, place)
         self.refused = np.delete(self.refused, place)
         self.rests_until = np.delete(self.rests_until, place)
+        self.holds = np.delete(self.holds, place)
         self.batches = np.delete(self.batches, place)
         self.loads = np.delete(self.loads, place)
         self.places = {worker.info.worker: i for i, worker in enumerate(self.workers)}
@@ -97,6 +101,7 @@ class Board:
         gauges.kv_used[place] = used
         gauges.kv_total[place] = total
         gauges.backlog[place] = credit.backlog_tokens
+        self.holds[place] = min(worker.info.context_tokens_max, total // block * block)
         line = worker.line
         gauges.waiting[place] = len(line) if line is not None else 0
         gauges.waiting_tokens[place] = worker.waiting_tokens

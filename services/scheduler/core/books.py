@@ -35,6 +35,8 @@ class Claim:
     worker: str
     attempt: int
     position: int
+    until: int = 0
+    """Leased: where its lease ends."""
 
 
 @dataclass(slots=True)
@@ -109,6 +111,8 @@ class Books:
     """Leases that ended early for want of memory."""
     touched: dict[str, None] = field(default_factory=dict)
     """Leased: workers where something changed since their last round."""
+    resting: dict[str, Worker] = field(default_factory=dict)
+    """Leased: workers that refused an order and get no other for a while."""
     parking: dict[str, Request] = field(default_factory=dict)
     """Told to park and not answered yet."""
     reminded: dict[str, Request] = field(default_factory=dict)
@@ -132,7 +136,7 @@ class Books:
     def holds(self, worker: Worker) -> int:
         """The most tokens, prompt and output, of one request that this worker can serve. A closed
         batch keeps a share free; leases may fill all blocks."""
-        capacity = worker.memory.kv_tokens_capacity
+        capacity = max(0, worker.memory.kv_tokens_capacity)
         block = worker.credit.block_tokens
         if self.leased:
             return min(worker.info.context_tokens_max, capacity // block * block)

@@ -41,6 +41,8 @@ def take_report(
     else:
         books.pace.saw_tokens(made, passed_s)
     request.tokens, request.heard_at = joined, now
+    if request.output_tokens > request.until:
+        worker.credit.extend(request, request.output_tokens)  # it knows of a longer lease than we
     books.lines.charge(request, worker, 0, made)
     books.touch(worker)
     if result.finish_reason is not None and result.finish_reason != "cancelled":
@@ -74,7 +76,7 @@ def _stopped(
         request.evicted_at = now
         request.evictions += 1
         books.evictions += 1
-    request.refusals = 0 if made or parked else request.refusals + 1
+    request.refusals = 0 if made or parked or result.evicted else request.refusals + 1
     if request.refusals > books.constants.refusals_max:
         detail = result.detail or "its slices make no tokens"
         moves.give_up(books, request, f"given up after {request.refusals} tries: {detail}", now)

@@ -57,6 +57,7 @@ class _Round:
 def lease_round(books: Books, now: float) -> None:
     """Renew, park and admit wherever something changed since the last round."""
     round_ = _Round(now, tests_left=books.constants.gate_tests_max)
+    _rested(books, now)
     touched, books.touched = books.touched, {}
     _remind(books, round_)
     workers = [w for w in map(books.workers.active.get, touched) if w is not None]
@@ -74,6 +75,16 @@ def lease_round(books: Books, now: float) -> None:
         _admit_from_centre(books, round_)
     _send(books, round_)
     books.round_at = _next_round_at(books, round_)
+
+
+def _rested(books: Books, now: float) -> None:
+    """Workers whose rest is over may have orders again."""
+    for name, worker in list(books.resting.items()):
+        if now >= worker.cool_until:
+            del books.resting[name]
+            books.lines.stirred = True
+            if books.workers.active.get(name) is worker:
+                books.touch(worker)
 
 
 def _foresee(books: Books, worker: Worker) -> None:
@@ -199,8 +210,8 @@ def _bind(books: Books, now: float) -> None:
 
 def _able_to_hold(books: Books, places: IntArray, request: Request) -> IntArray:
     """Those of the places whose worker could hold the whole request."""
-    total = books.board.written().kv_total[places]
-    return places[total >= request.context_tokens]
+    books.board.written()
+    return places[books.board.holds[places] >= request.context_tokens]
 
 
 def _pick(books: Books, request: Request, eligible: IntArray) -> int:

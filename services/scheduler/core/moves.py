@@ -19,8 +19,9 @@ def _move(
     if tokens is not None:
         request.tokens = tokens
     books.requests.move(request, cause, now)
-    if before in HELD and request.state not in HELD and worker is not None:
+    if before is State.PARKING and request.state is not State.PARKING:
         books.parking.pop(request.request_id, None)
+    if before in HELD and request.state not in HELD and worker is not None:
         worker.credit.release(request, parking=before is State.PARKING)
         books.touch(worker)
     if request.state is State.WAITING:

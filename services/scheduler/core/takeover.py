@@ -73,12 +73,13 @@ def _adopt(books: Books, request: Request, claim: Claim, now: float) -> None:
 
 
 def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, now: float) -> None:
-    """Its lease's end is not known; it is no further than a slice and a margin from here, and
-    that is granted at once, so that both sides know the same again."""
+    """It goes on there with the lease that it has, which is said again, so that the worker knows
+    that we know of it. Where a claim does not say how far the lease reaches: a slice and a margin
+    from here."""
     moves.hold(books, request, Cause.CLAIM, claim.worker, "adopted", claim.attempt, now)
     made = max(claim.position, request.output_tokens)
-    reach = made + books.constants.slice_tokens + margin_tokens(books)
-    worker.credit.take(request, min(reach, request.spec.max_tokens))
+    reach = claim.until or made + books.constants.slice_tokens + margin_tokens(books)
+    worker.credit.take(request, min(max(made, reach), request.spec.max_tokens))
     if claim.position > 0:
         worker.credit.prefilled(request)
     request.heard_at = now

@@ -108,6 +108,7 @@ def _refused(
         refused = [r for r in leases if r.batch_id == event.batch_id and not r.first_token]
     if worker is not None and (batch is not None or refused):
         worker.cool_until = now + books.constants.cooldown_s
+        books.resting[worker.info.worker] = worker
         books.board.update(worker)
     for request in refused:
         request.refusals += event.refused not in WORKERS_OWN_REASONS
@@ -192,7 +193,7 @@ def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: 
         for resident in residents:
             if not 0 < resident.attempt < ATTEMPT_MAX:
                 continue
-            claim = Claim(name, resident.attempt, resident.position)
+            claim = Claim(name, resident.attempt, resident.position, resident.until)
             claims = books.claims.setdefault(resident.request_id, [])
             if claim not in claims:
                 claims.append(claim)
@@ -204,10 +205,29 @@ def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: 
     for batch in list(worker.batches.values()):
         if now - batch.dispatched_at >= books.constants.lost_order_s:
             _check_batch(books, worker, batch, held, now)
+    for resident in residents:
+        _compare_lease(books, worker, resident, now)
     for request in list(worker.credit.leases.values()):
         old = now - request.since >= books.constants.lost_order_s
         if old and (request.request_id, request.attempt) not in held:
             moves.recall(books, request, now)
+
+
+def _compare_lease(books: Books, worker: Worker, resident: Resident, now: float) -> None:
+    """A renewal, or the report that asks for one, may have been lost on its way."""
+    request = worker.credit.leases.get(resident.request_id)
+    if request is None or request.attempt != resident.attempt or not resident.until:
+        return
+    if resident.until < request.until:
+        books.reminded[request.request_id] = request
+        books.touch(worker)
+    elif resident.position >= resident.until:
+        reports_lost = request.state is State.PLACED and request.output_tokens < resident.position
+        if reports_lost:
+            moves.recall(books, request, now)
+        elif request.state is State.PLACED:
+            worker.credit.wanting[request.request_id] = request
+            books.touch(worker)
 
 
 def _known_there(books: Books, worker: str, resident: Resident) -> bool:

@@ -58,6 +58,8 @@ from shared.messages import (
 from shared.tokens import count
 
 BEAT_S = 0.5
+LIST_S = 10.0
+"""Residents are listed at least so often: what was lost on its way is noticed by it."""
 BATCHES_MAX = 64
 """Batches that run or wait here; a scheduler that sends more has lost sight of this worker."""
 BATCH_IDS_MAX = 4_096
@@ -107,6 +109,7 @@ class Worker:
         self._retained = Retained()
         self._next_beat = now
         self._list_residents = True
+        self._listed_at = now
         self._draining_since: float | None = None
         self._left = False
 
@@ -340,6 +343,8 @@ class Worker:
         out: list[Command] = [*self._outbox.due(now, self._epoch, at_once=idle), *commands]
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
+            self._list_residents |= now - self._listed_at >= LIST_S
+            self._listed_at = now if self._list_residents else self._listed_at
             out += [*self._leases.park_forgotten(now), self._beat()]
         if self._may_leave(now):
             self._left = True
@@ -359,7 +364,12 @@ class Worker:
     def _beat(self, *, leaving: bool = False) -> WorkerBeat:
         listed, self._list_residents = self._list_residents, False
         residents = [
-            Resident(request_id=request_id, attempt=held.attempt, position=held.position)
+            Resident(
+                request_id=request_id,
+                attempt=held.attempt,
+                position=held.position,
+                until=held.until if isinstance(held, Lease) else 0,
+            )
             for request_id, held in self._held.items()
         ]
         return WorkerBeat(
