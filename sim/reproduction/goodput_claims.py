@@ -165,7 +165,8 @@ def _over_long_runs(long: Sequence[Result]) -> Check:
             f"{rates[best]:.4f} a second, {ours / rates[best]:.3f}x"
         )
     return Check(
-        claim="The same by plain counts of requests, over longer runs at two points where the best "
+        claim="The same by plain counts of requests, over longer runs at two points, chosen when "
+        "the grid had been seen, where the best "
         "are close",
         source="ours",
         wanted=f">= {ENOUGH}x of the better watermark of 90 and 95 %",
