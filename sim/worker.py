@@ -134,6 +134,10 @@ class SimWorker:
     def _tidy(self) -> None:
         """What a worker does without being asked, now and then."""
 
+    def _until(self, request_id: str) -> int:
+        """Where its lease ends; 0: it has none."""
+        return 0
+
     def _positions(self, now: float) -> Iterable[tuple[str, int, int]]:
         raise NotImplementedError
 
@@ -227,7 +231,12 @@ class SimWorker:
         residents: tuple[Resident, ...] = ()
         if listed:
             residents = tuple(
-                Resident(request_id=request_id, attempt=attempt, position=position)
+                Resident(
+                    request_id=request_id,
+                    attempt=attempt,
+                    position=position,
+                    until=self._until(request_id),
+                )
                 for request_id, attempt, position in self._positions(self._world.now)
             )
         beat = WorkerBeat(

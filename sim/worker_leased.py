@@ -53,6 +53,9 @@ class LeasedSimWorker(SimWorker):
     def _next_at(self) -> float | None:
         return self._engine.next_at()
 
+    def _until(self, request_id: str) -> int:
+        return self._engine.until_of(request_id)
+
     def _positions(self, now: float) -> Iterable[tuple[str, int, int]]:
         return self._engine.positions(now)
 

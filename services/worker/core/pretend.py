@@ -191,6 +191,11 @@ class LeasedEngine:
             return None
         return self._position(seat, self._steps_by(now))
 
+    def until_of(self, request_id: str) -> int:
+        """Where the lease of a seat ends; 0 if it is not here."""
+        seat = self._seats.get(request_id)
+        return 0 if seat is None else seat.until
+
     def last_token_at(self, request_id: str, now: float) -> float | None:
         """When its newest token was there; None if it is not here or has made none here."""
         seat = self._seats.get(request_id)
