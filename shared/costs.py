@@ -16,9 +16,10 @@ matters to its requests as much as one of 2 s.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -164,6 +165,15 @@ def _decode_row(timings: SliceTimings) -> Row:
     return (rows * contexts, float(rows * steps), contexts, float(steps))
 
 
+def load_solver() -> Callable[..., tuple[Any, Any]]:
+    """SciPy's non-negative least squares, loaded when first asked for: that takes up to a second,
+    and nobody needs it who only runs leases. A scheduler asks before it has anything to do."""
+    from scipy.optimize import nnls
+
+    solver: Callable[..., tuple[Any, Any]] = nnls
+    return solver
+
+
 def _fit(samples: Sequence[tuple[Row, float]], prior: Bilinear) -> Bilinear:
     """Non-negative least squares on relative error; the prior, scaled to the samples' speed,
     holds whatever they leave open."""
@@ -178,8 +188,7 @@ def _fit(samples: Sequence[tuple[Row, float]], prior: Bilinear) -> Bilinear:
         anchor = (float(batch_size * tokens), float(batch_size), float(tokens), 1.0)
         rows.append([ANCHOR_WEIGHT * x / expected for x in anchor])
         targets.append(ANCHOR_WEIGHT)
-    from scipy.optimize import nnls  # on demand: it takes a second to load, and leases need none
-
+    nnls = load_solver()
     matrix = np.array(rows)
     norms = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     solution, _ = nnls(matrix / norms, np.array(targets))

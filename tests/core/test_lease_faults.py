@@ -170,3 +170,11 @@ def test_engine_evictions_are_no_refusals() -> None:
     assert "r1" in bench.core.books.requests.open
     bench.say(Cancel(gateway="g1", request_id="r1"))
     assert not bench.core.books.requests.open
+
+
+def test_a_lease_to_the_end_wants_no_other_and_keeps_nobody_out() -> None:
+    bench = bench_of("tgi")
+    join(bench)
+    (run,) = placed(bench.say(submit(max_tokens=40)) + bench.after(0.01))
+    assert not renewals(bench.say(told(made(run.orders[0].attempt, 0, 39))))
+    assert placed(bench.say(submit("r2", max_tokens=40)) + bench.after(0.01))

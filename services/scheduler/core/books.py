@@ -18,7 +18,7 @@ from services.scheduler.core.settings import Constants
 from services.scheduler.core.shelf import Shelf
 from services.scheduler.core.state import Request
 from services.scheduler.core.workers import Batch, Worker, Workers
-from shared.costs import CostFit
+from shared.costs import CostFit, load_solver
 from shared.messages import LengthForecast, SchedulerCommand
 
 ATTEMPTS_PER_EPOCH = 1_000_000
@@ -195,6 +195,8 @@ def new_books(
     preset: Preset, constants: Constants, truth: Callable[[str], int] | None = None
 ) -> Books:
     """Empty books."""
+    if preset.form == "closed":
+        load_solver()
     pace, costs = Pace(), CostFit()
     workers = Workers(lost_max=constants.lost_workers_max)
     books: Books

@@ -61,6 +61,8 @@ def _progress(books: Books, worker: Worker, request: Request, *, first: bool) ->
         return
     left = request.until - request.output_tokens
     if left <= margin_tokens(books):
+        if request.until >= request.spec.max_tokens:
+            return  # there is no next lease
         worker.credit.wanting[request.request_id] = request
     elif not first:
         # It reports although much is left by our account: it has not heard of its latest lease.
