@@ -77,7 +77,7 @@ def address_of(bus: str, request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("broker_url")) if bus == "rabbit" else ""
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("bus", "workers", "slice_tokens"), MESHES)
 def test_same_text_whatever_the_slices_mates_and_workers(
     bus: str,

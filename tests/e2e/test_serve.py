@@ -20,7 +20,8 @@ from tests.e2e.live_mesh import LiveMesh, live_mesh
 ROOT = Path(__file__).parents[2]
 IDLE_TTFT_LIMIT_S = 0.5
 IDLE_TRIES = 5
-TIMEOUT_S = 60.0
+TIMEOUT_S = 150.0
+"""For waiting only: on a machine that other work shares, a start took 60 s."""
 
 
 def stream(url: str, max_tokens: int, **more: object) -> Iterator[str]:
@@ -88,6 +89,7 @@ def test_a_stopping_mesh_finishes_open_streams() -> None:
         mesh.stop()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_process_serves_and_ends_with_exit_code_0(
     number: signal.Signals, free_port: int
