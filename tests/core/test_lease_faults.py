@@ -155,8 +155,20 @@ def test_a_lost_report_of_a_paused_lease_is_noticed_at_the_next_listing() -> Non
     (run,) = placed(bench.say(submit(max_tokens=100)) + bench.after(0.01))
     attempt = run.orders[0].attempt
     paused = Resident(request_id="r1", attempt=attempt, position=16, until=16)
-    said = bench.say(listing(paused))
-    assert [c for c in said if isinstance(c, Drop)], "its tokens are not known: recalled"
+    (renewal,) = renewals(bench.say(listing(paused)))
+    assert renewal.until > 16
+    said = bench.say(told(made(attempt, 16, 20)))
+    assert [c for c in said if isinstance(c, Drop)], "its first tokens are not known: recalled"
+
+
+def test_a_new_leader_renews_what_has_paused_meanwhile() -> None:
+    bench = bench_of("past-future", epoch=2)
+    join(bench)
+    bench.say(listing(Resident(request_id="r1", attempt=7, position=32, until=32)))
+    bench.say(Resume(spec=spec_of(max_tokens=100), attempt=0, tokens=tokens.pack(range(30))))
+    said = bench.after(1.5)
+    assert max(r.until for r in renewals(said)) > 32
+    assert not [c for c in said if isinstance(c, Drop)]
 
 
 def test_engine_evictions_are_no_refusals() -> None:

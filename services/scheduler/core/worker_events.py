@@ -206,14 +206,14 @@ def _listed(books: Books, worker: Worker, residents: tuple[Resident, ...], now: 
         if now - batch.dispatched_at >= books.constants.lost_order_s:
             _check_batch(books, worker, batch, held, now)
     for resident in residents:
-        _compare_lease(books, worker, resident, now)
+        _compare_lease(books, worker, resident)
     for request in list(worker.credit.leases.values()):
         old = now - request.since >= books.constants.lost_order_s
         if old and (request.request_id, request.attempt) not in held:
             moves.recall(books, request, now)
 
 
-def _compare_lease(books: Books, worker: Worker, resident: Resident, now: float) -> None:
+def _compare_lease(books: Books, worker: Worker, resident: Resident) -> None:
     """A renewal, or the report that asks for one, may have been lost on its way."""
     request = worker.credit.leases.get(resident.request_id)
     if request is None or request.attempt != resident.attempt or not resident.until:
@@ -221,13 +221,10 @@ def _compare_lease(books: Books, worker: Worker, resident: Resident, now: float)
     if resident.until < request.until:
         books.reminded[request.request_id] = request
         books.touch(worker)
-    elif resident.position >= resident.until:
-        reports_lost = request.state is State.PLACED and request.output_tokens < resident.position
-        if reports_lost:
-            moves.recall(books, request, now)
-        elif request.state is State.PLACED:
-            worker.credit.wanting[request.request_id] = request
-            books.touch(worker)
+    elif resident.position >= resident.until and request.state is State.PLACED:
+        # Should tokens be missing too, its next report does not meet ours, and it is recalled.
+        worker.credit.wanting[request.request_id] = request
+        books.touch(worker)
 
 
 def _known_there(books: Books, worker: str, resident: Resident) -> bool:
