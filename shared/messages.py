@@ -235,6 +235,14 @@ class WorkerBeat(Message, frozen=True, kw_only=True):
     """The last beat: nothing runs here any more, the queue is being deleted."""
 
 
+class WorkerBeats(Message, frozen=True, kw_only=True):
+    """The beats of all workers that one process pretends to be, in one message."""
+
+    host: str
+    """Boot id of the process; its workers' ids are this, a dot and a number."""
+    beats: tuple[WorkerBeat, ...]
+
+
 # ----------------------------------------------------------------------------- worker to gateway
 
 
@@ -307,6 +315,7 @@ ToScheduler = (
     | GatewayBeat
     | SliceDone
     | WorkerBeat
+    | WorkerBeats
     | LengthForecast
 )
 ToGateway = Recall | Rejected | SchedulerBeat | TokenBatch

@@ -25,7 +25,7 @@ from services.scheduler.outbox import Outbox
 from services.scheduler.settings import SchedulerSettings
 from services.scheduler.spans import record_dispatch, record_request_queue
 from shared.bus.api import Bus, BusError, BusUnavailable, Delivery, Unroutable
-from shared.bus.topology import ESTIMATOR_QUEUE, SCHEDULER_QUEUE
+from shared.bus.topology import ESTIMATOR_QUEUE, SCHEDULER_QUEUE, hosted_by
 from shared.messages import (
     AnyMessage,
     Cancel,
@@ -49,6 +49,7 @@ from shared.messages import (
     TokensWanted,
     ToScheduler,
     WorkerBeat,
+    WorkerBeats,
 )
 from shared.telemetry.metrics import metrics_for
 from shared.telemetry.ops import serve_ops
@@ -324,6 +325,9 @@ def _sender(message: AnyMessage) -> str:
             return f"worker.{message.worker}"
         case WorkerBeat():
             return f"worker.{message.info.worker}"
+        case WorkerBeats():
+            own = all(hosted_by(message.host, beat.info.worker) for beat in message.beats)
+            return f"worker.{message.host}" if own else "worker"  # under which nothing comes
         case _:
             return "estimator."
 

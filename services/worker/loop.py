@@ -181,12 +181,19 @@ class EngineThread:
             self._report(EngineFailed(error))
 
     def _turn(self, engine: Engine) -> bool:
-        """Take in what came, then one iteration. False once the thread shall end."""
+        """Wait for something to do, then do it. False once the thread shall end."""
         with self._changed:
-            while not (self._news or engine.busy):
+            while not (self.has_news or engine.busy):
                 self._changed.wait()
             if self._closing:
                 return False
+        self.turn(engine)
+        return True
+
+    def turn(self, engine: Engine) -> None:
+        """Take in what came, then one iteration. Whoever turns an engine without a thread of its
+        own calls this, and never `start`."""
+        with self._changed:
             cancels, self._cancels = self._cancels, {}
             parks, self._parks = self._parks, {}
             renewals, self._renewals = self._renewals, {}
@@ -198,10 +205,10 @@ class EngineThread:
         self._change_leases(engine, renewals, parks)
         if engine.busy:
             self._step(engine)
-        return True
 
     @property
-    def _news(self) -> bool:
+    def has_news(self) -> bool:
+        """Something came that the next turn takes in."""
         return bool(
             self._waiting or self._cancels or self._parks or self._renewals or self._closing
         )

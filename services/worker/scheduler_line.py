@@ -12,7 +12,9 @@ import structlog
 
 from shared.bus.api import Bus, BusError
 from shared.bus.topology import from_worker
-from shared.messages import SliceDone, WorkerBeat
+from shared.messages import SliceDone, WorkerBeat, WorkerBeats
+
+Said = SliceDone | WorkerBeat | WorkerBeats
 
 WAITING_MAX = 1_000
 """Messages that wait for a broker. Long before, the scheduler has given this worker up; beyond it
@@ -35,10 +37,10 @@ class SchedulerLine:
         on_error: Callable[[str], None],
     ) -> None:
         self._bus = bus
-        self._address = from_worker(boot_id)
+        self._boot_id = boot_id
         self._log = log
         self._on_error = on_error
-        self._waiting: deque[SliceDone | WorkerBeat] = deque()
+        self._waiting: deque[Said] = deque()
         self._stirred = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -55,6 +57,16 @@ class SchedulerLine:
                 self._waiting.remove(waiting)
                 break
         self._put(beat)
+
+    def put_beats(self, beats: WorkerBeats) -> None:
+        """Behind everything that waits. They take nobody's place: unless they list what is held,
+        say them while the line is `idle`."""
+        self._put(beats)
+
+    @property
+    def idle(self) -> bool:
+        """Everything is sent."""
+        return self._idle.is_set()
 
     async def run(self) -> None:
         """Send until cancelled."""
@@ -76,7 +88,7 @@ class SchedulerLine:
         except TimeoutError:
             self._on_error("not_flushed")
 
-    def _put(self, message: SliceDone | WorkerBeat) -> None:
+    def _put(self, message: Said) -> None:
         if len(self._waiting) >= WAITING_MAX:
             self._waiting.popleft()
             self._on_error("result_dropped")
@@ -84,13 +96,14 @@ class SchedulerLine:
         self._idle.clear()
         self._stirred.set()
 
-    async def _send(self, message: SliceDone | WorkerBeat) -> bool:
+    async def _send(self, message: Said) -> bool:
         """False if it has to be tried again."""
         result = isinstance(message, SliceDone)
-        precious = isinstance(message, SliceDone) or message.residents_listed
+        worker = message.worker if isinstance(message, SliceDone) else self._boot_id
+        precious = result or _lists(message)
         try:
             await self._bus.publish(
-                self._address,
+                from_worker(worker),
                 message,
                 deadline_s=RESULT_DEADLINE_S if result else BEAT_DEADLINE_S,
                 persistent=result,
@@ -101,3 +114,14 @@ class SchedulerLine:
             self._log.warning("worker.not_sent", message=type(message).__name__, error=str(error))
             return not precious
         return True
+
+
+def _lists(message: Said) -> bool:
+    """Whether it says what is held."""
+    match message:
+        case WorkerBeats():
+            return any(beat.residents_listed for beat in message.beats)
+        case WorkerBeat():
+            return message.residents_listed
+        case _:
+            return False

@@ -27,6 +27,7 @@ from services.worker.core.worker import Worker
 from services.worker.engines.registry import engine_maker
 from services.worker.loop import EngineFailed, EngineReady, EngineThread, Report
 from services.worker.metrics import WorkerMetrics
+from services.worker.pretend_host import serve_many
 from services.worker.scheduler_line import SchedulerLine
 from services.worker.settings import WorkerSettings
 from services.worker.spans import LeaseSpans, record_slice
@@ -64,6 +65,9 @@ async def serve(
     Raises SetupError (the model or the engine cannot be had) and BusUnavailable.
     """
     make = engine_maker(settings.engine)
+    if settings.pretend_workers:
+        await serve_many(settings, bus, telemetry, stop)
+        return
     shell = _Shell(settings, bus, telemetry)
     engine = EngineThread(lambda: make(settings), shell.report_from_thread)
     done = asyncio.Event()

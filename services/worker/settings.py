@@ -51,6 +51,10 @@ class WorkerSettings(ServiceSettings):
     """Most input tokens, padding counted, in one iteration of prefill: it bounds how long a
     cancelled request still costs, and the memory of activations."""
 
+    vllm_compile: bool = False
+    """Engine vllm: compile the model before serving, which takes a minute or more, for faster
+    iterations."""
+
     profile: str = "llama-2-13b-a100"
     """Engine simulated: the cost profile, a name in deploy/costs or a JSON file. It also says how
     much KV there is, where kv_tokens does not."""
@@ -63,6 +67,10 @@ class WorkerSettings(ServiceSettings):
     profile's own."""
     simulated_speed: float = Field(default=1.0, gt=0, le=1000)
     """Engine simulated: how many times faster than the profile says."""
+
+    pretend_workers: int = Field(default=0, ge=0, le=10_000)
+    """Engine simulated: this process pretends to be so many workers. They share its connections,
+    send their tokens together every 100 ms, and beat in one message. 0: it is a plain worker."""
 
     def served_name(self) -> str:
         """The model's name in requests."""

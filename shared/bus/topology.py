@@ -71,6 +71,26 @@ def worker_queue(boot_id: str) -> QueueSpec:
     )
 
 
+def hosted_worker(host: str, number: int) -> str:
+    """The id of one of the workers that a process pretends to be."""
+    return f"{host}.{number}"
+
+
+def hosted_by(host: str, worker: str) -> bool:
+    """Whether this worker's id is one that the process may give."""
+    return worker.startswith(f"{host}.")
+
+
+def host_queue(host: str) -> QueueSpec:
+    """What a process reads that pretends to be many workers: all that they would."""
+    return QueueSpec(
+        name=f"tranche.worker.{host}",
+        kind="exclusive",
+        bindings=((ORDERS, f"worker.{host}.*"), (ORDERS, BEAT), (ASKS, f"worker.{host}")),
+        prefetch=500,
+    )
+
+
 def estimator_beat_queue(boot_id: str) -> QueueSpec:
     """The scheduler's beats, for an estimator: a new epoch wants a forecast."""
     return QueueSpec(

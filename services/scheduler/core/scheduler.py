@@ -31,7 +31,11 @@ from shared.messages import (
     Submit,
     TokensWanted,
     WorkerBeat,
+    WorkerBeats,
 )
+
+BEATS = (WorkerBeat, WorkerBeats, GatewayBeat, LengthForecast)
+"""They come whether anything happens or not: a round follows only if they bring news."""
 
 
 class Scheduler:
@@ -54,7 +58,7 @@ class Scheduler:
             if event.epoch > books.epoch == 0:
                 takeover.elected(books, event.epoch, now)
         elif books.epoch:
-            if not isinstance(event, WorkerBeat | GatewayBeat | LengthForecast):
+            if not isinstance(event, BEATS):
                 books.stirred = True
             _happened(books, event, now)
         return self._due(now)
@@ -129,6 +133,9 @@ def _happened(books: Books, event: SchedulerEvent, now: float) -> None:
             worker_events.slice_done(books, event, now)
         case WorkerBeat():
             worker_events.worker_beat(books, event, now)
+        case WorkerBeats():
+            for beat in event.beats:
+                worker_events.worker_beat(books, beat, now)
         case OrderReturned():
             worker_events.worker_lost(books, event.worker, now)
         case LengthForecast():

@@ -168,6 +168,15 @@ class LeasedEngine:
             return self._reports[0].at
         return self._jump.end if self._jump is not None else None
 
+    def next_iteration_at(self, now: float) -> float | None:
+        """When the iteration that runs is over and there are new tokens; None: nothing runs."""
+        jump = self._jump
+        if self._reports or jump is None or jump.steps <= 1:
+            return self.next_at()
+        steps = self._steps_by(now) + 1
+        taken_s = self._costs.decode_steps_s(jump.decodes, self._contexts, steps)
+        return min(jump.end, jump.start + jump.factor * taken_s)
+
     def advance(self, now: float) -> list[Progress]:
         """Complete the jumps that end by `now`, and begin the next. Reports are in order of time;
         those of one iteration have the same `at`."""

@@ -363,7 +363,18 @@ class Worker:
 
     def _beat(self, *, leaving: bool = False) -> WorkerBeat:
         listed, self._list_residents = self._list_residents, False
-        residents = [
+        return WorkerBeat(
+            info=self._info,
+            memory=self._memory,
+            epoch=self._epoch,
+            residents=self._residents() if listed else (),
+            residents_listed=listed,
+            draining=self._draining,
+            leaving=leaving,
+        )
+
+    def _residents(self) -> tuple[Resident, ...]:
+        return tuple(
             Resident(
                 request_id=request_id,
                 attempt=held.attempt,
@@ -371,15 +382,6 @@ class Worker:
                 until=held.until if isinstance(held, Lease) else 0,
             )
             for request_id, held in self._held.items()
-        ]
-        return WorkerBeat(
-            info=self._info,
-            memory=self._memory,
-            epoch=self._epoch,
-            residents=tuple(residents) if listed else (),
-            residents_listed=listed,
-            draining=self._draining,
-            leaving=leaving,
         )
 
     def _slice_done(

@@ -259,6 +259,15 @@ class SimulatedEngine:
             batch_size=size,
         )
 
+    def next_tokens_at(self) -> float | None:
+        """When a step has something to tell, on the clock; None: never by itself. For whoever
+        steps without waiting."""
+        now = self._clock.now()
+        at = self._batches.next_at()
+        if at is not None:
+            return min(at, now + self._clock.tick_s)
+        return self._leases.next_iteration_at(now)
+
     def _next_at(self) -> float | None:
         at = self._batches.next_at()
         return self._leases.next_at() if at is None else at

@@ -40,3 +40,26 @@ class WallClock:
 
     def interrupt(self) -> None:
         self._interrupted.set()
+
+
+class AgendaClock:
+    """Real time, `speed` times faster, for an engine whose owner calls it when it is time: nothing
+    waits here."""
+
+    def __init__(self, speed: float, tick_s: float) -> None:
+        """`tick_s`: how often the owner can call, in real seconds."""
+        self.tick_s = tick_s * speed
+        self._speed = speed
+
+    def now(self) -> float:
+        return time.monotonic() * self._speed
+
+    def real_s(self, at: float) -> float:
+        """A time of this clock on the monotonic one."""
+        return at / self._speed
+
+    def wait_until(self, at: float) -> None:
+        """It is time already, or the owner did not mind."""
+
+    def interrupt(self) -> None:
+        """Nobody waits."""

@@ -7,6 +7,7 @@ company; and whoever sends the request can know its length while the scheduler c
 import csv
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from services.worker.models_config import ModelConfig
@@ -26,6 +27,7 @@ class LengthsError(SetupError):
     """There is no such length table."""
 
 
+@cache
 def load_lengths(source: str) -> tuple[int, ...]:
     """Output lengths in tokens, from a file with a column `output_tokens`, or `mean=TOKENS`.
 
