@@ -25,13 +25,21 @@ def _simulated(settings: WorkerSettings) -> Engine:
     return make_simulated(settings)
 
 
+def _vllm(settings: WorkerSettings) -> Engine:
+    from services.worker.engines.vllm import make_vllm
+
+    return make_vllm(settings)
+
+
 ENGINES: dict[str, Callable[[WorkerSettings], Engine]] = {
     "padded": _padded,
     "simulated": _simulated,
+    "vllm": _vllm,
 }
 FORMS: dict[str, tuple[Form, ...]] = {
     "padded": ("closed",),
     "simulated": ("closed", "leased"),
+    "vllm": ("leased",),
 }
 """What each engine's `info.forms` will be, to be known before a model is loaded."""
 
