@@ -19,9 +19,10 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-export PYTHON TORCH VENV
+VLLM_VENV ?= .venv-vllm
+export PYTHON TORCH VENV VLLM_VENV
 
-.PHONY: help serve test check format docs reproduce compose-test setup-serve setup-dev clean
+.PHONY: help serve test check format docs reproduce compose-test engine-vllm-test setup-serve setup-dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -56,6 +57,11 @@ reproduce: setup-dev ## the papers' tables in simulation, ours beside theirs: do
 compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test
 
+engine-vllm-test: ## the engine vllm on the real vLLM (CPU build, in an environment of its own, VLLM_VENV)
+	@deploy/setup/vllm.sh
+	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default -o timeout=600 \
+	  -p no:cacheprovider $(PYTEST_ARGS) deploy/vllm_test
+
 setup-serve:
 	@deploy/setup/venv.sh serve
 
@@ -63,6 +69,6 @@ setup-dev:
 	@deploy/setup/venv.sh dev
 
 clean: ## remove .venv, caches and what runs have left
-	rm -rf $(VENV) .run .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
+	rm -rf $(VENV) $(VLLM_VENV) .run .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
 	  build dist ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

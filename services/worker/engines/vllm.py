@@ -60,7 +60,11 @@ class Core(Protocol):
 
 def make_vllm(settings: WorkerSettings) -> "VllmEngine":
     """Load the model and make the engine. Raises SetupError."""
-    core = VllmCore(settings)
+    return engine_on(VllmCore(settings), settings)
+
+
+def engine_on(core: VllmCore, settings: WorkerSettings) -> "VllmEngine":
+    """The engine on a vLLM that is loaded."""
     info = EngineInfo(
         engine="vllm",
         forms=("leased",),

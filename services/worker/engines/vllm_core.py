@@ -45,8 +45,6 @@ class CoreTokens:
     ids: tuple[int, ...]
     ended: bool = False
     """It is not in vLLM any more."""
-    cached_tokens: int = 0
-    """Of its prompt, found in the prefix cache."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -91,12 +89,16 @@ class VllmCore:
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
         self._rows: dict[str, KeyedRow] = {}
         """By key: of the requests that are in vLLM."""
+        self._silent: set[str] = set()
+        """Keys of those of which nothing was heard yet."""
         self._iteration_tokens_max: int = self._scheduler.max_num_scheduled_tokens
         self._measure_cache(settings)
         self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
         self.preemptions = 0
         """How often vLLM took back the blocks of a request. Never, if the books are right."""
         self._preempted: set[str] = set()
+        self.cached_tokens = 0
+        """Input tokens of all requests so far whose KV the prefix cache had."""
 
     def _measure_cache(self, settings: WorkerSettings) -> None:
         cache = self._scheduler.kv_cache_config
@@ -127,10 +129,12 @@ class VllmCore:
             self._parameters(**fields, output_kind=self._deltas),
         )
         self._rows[row.key] = row
+        self._silent.add(row.key)
 
     def abort(self, keys: Sequence[str]) -> None:
         """End requests; their KV stays in the prefix cache until others need the room."""
         known = [key for key in keys if self._rows.pop(key, None) is not None]
+        self._silent.difference_update(known)
         if known:
             self._engine.abort_request(known)
 
@@ -149,11 +153,13 @@ class VllmCore:
         key = output.request_id
         row = self._rows.pop(key) if output.finished else self._rows[key]
         ids = tuple(output.outputs[0].token_ids)
+        if key in self._silent:
+            self._silent.discard(key)
+            self.cached_tokens += output.num_cached_tokens or 0
         return CoreTokens(
             key=key,
             ids=ids,
             ended=output.finished,
-            cached_tokens=output.num_cached_tokens or 0,
             logprobs=self._batch.logprobs.get(key) if ids else None,
             prompt_logprobs=_prompt_scores(output, row.sampling.logprobs or 0),
         )
