@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 export PYTHON TORCH VENV VLLM_VENV
 
-.PHONY: help serve test check format docs reproduce compose-test engine-vllm-test setup-serve setup-dev clean
+.PHONY: help serve test check format docs reproduce peers compose-test engine-vllm-test setup-serve setup-dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -53,6 +53,9 @@ docs: setup-dev ## rewrite the documents that are made from the code
 
 reproduce: setup-dev ## the papers' tables in simulation, ours beside theirs: docs/reproduction.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sim.reproduction $(if $(ONLY),--only $(ONLY))
+
+peers: setup-dev ## the servers that `python -m bench.peers` compares with, into .peers (5 GB)
+	@deploy/setup/peers.sh
 
 compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test

@@ -27,6 +27,8 @@ from bench.peers.rounds import Plan, Running, cells_of, two_cores
 from bench.peers.systems import SYSTEMS, Place, System
 
 ROOT = Path(__file__).parents[2]
+TABLE_WIDTH = 180
+"""Where the output goes to a file, which has no width of its own."""
 DEFAULT_SYSTEMS = "tranche,vllm,llama,transformers"
 
 
@@ -55,6 +57,8 @@ def main(
 ) -> None:
     """Measure all systems at all levels, round by round."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
     chosen = [SYSTEMS[name] for name in _known(systems)]
     server_core, client_core = two_cores(core)
     os.sched_setaffinity(0, {client_core})
