@@ -47,7 +47,7 @@ def process_mesh(bus: str, model: Path, policy: str, workers: int) -> Iterator[P
     Raises MeshNotReady.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
-    ports = _free_ports(workers + 2)
+    ports = free_ports(workers + 2)
     gateway_port, scheduler_port, *worker_ports = ports
     mesh = ProcessMesh(
         url=f"http://127.0.0.1:{gateway_port}",
@@ -65,15 +65,16 @@ def process_mesh(bus: str, model: Path, policy: str, workers: int) -> Iterator[P
         commands[f"worker-{number}"] = [*run, "--name", f"w{number}", "--ops-port", str(port)]
     try:
         for name, command in commands.items():
-            mesh.processes[name] = _spawn(name, command)
+            mesh.processes[name] = spawn(name, command)
         _wait_ready(mesh, workers)
         yield mesh
     finally:
         _stop(mesh)
 
 
-def _spawn(name: str, command: list[str]) -> psutil.Popen:
-    with (LOGS / f"{name}.log").open("wb") as log:
+def spawn(name: str, command: list[str], logs: Path = LOGS) -> psutil.Popen:
+    """A service of this name and command line, with a log of its own."""
+    with (logs / f"{name}.log").open("wb") as log:
         return psutil.Popen(
             [sys.executable, "-m", "services", *command],
             stdin=subprocess.DEVNULL,
@@ -89,7 +90,7 @@ def _wait_ready(mesh: ProcessMesh, workers: int) -> None:
         for name, process in mesh.processes.items():
             if process.poll() is not None:
                 raise MeshNotReady(f"{name} ended at its start; see {LOGS / name}.log")
-        if _workers_ready(mesh) >= workers and _answers(f"{mesh.url}/ready"):
+        if _workers_ready(mesh) >= workers and answers(f"{mesh.url}/ready"):
             return
         time.sleep(0.2)
     raise MeshNotReady(f"not ready within {START_S:g} s; see {LOGS}")
@@ -97,10 +98,11 @@ def _wait_ready(mesh: ProcessMesh, workers: int) -> None:
 
 def _workers_ready(mesh: ProcessMesh) -> int:
     readiness = [url.replace("/metrics", "/ready") for url in mesh.metrics_urls[1:]]
-    return sum(_answers(url) for url in readiness)
+    return sum(answers(url) for url in readiness)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether the server there says that all is well."""
     try:
         return httpx.get(url, timeout=2).status_code == httpx.codes.OK
     except httpx.HTTPError:
@@ -122,7 +124,8 @@ def _stop(mesh: ProcessMesh) -> None:
             process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [int(one.getsockname()[1]) for one in sockets]
     for one in sockets:
