@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from services.worker.sampling import uniform
 from shared.messages import Sampling
+from shared.tokens import unpack
+from tests.worker.orders import Made
 
 TIE = 1e-4
 TIES_MAX_SHARE = 1 / 20_000
@@ -40,6 +42,8 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         ends = self.model.generation_config.eos_token_id
         self.end_ids = {ends} if isinstance(ends, int) else set(ends or ())
+        self._known: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
+        """Greedy texts by prompt and length; many engines are compared with the same ones."""
 
     def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """What model.generate makes of it, the end token counted."""
@@ -80,12 +84,18 @@ class Reference:
         into: Agreement,
         choice: int = 0,
     ) -> None:
-        """Fails if a token of `output` is not the one that its draw chooses."""
+        """Fails if a token of `output` is not the one that its draw chooses; without a draw, the
+        one with the best score."""
         into.tokens += len(output)
         logits = self.logits([*prompt, *output])
         for position, token in enumerate(output):
             row = logits[len(prompt) + position - 1]
             scores = edited(row, sampling, prompt, output[:position], self.end_ids)
+            if sampling.temperature == 0:
+                behind = scores.max() - scores[token]
+                assert behind <= TIE, f"position {position}: {token} is behind by {behind:.2g}"
+                into.ties += int(behind > 0)
+                continue
             low, high = interval(scores, sampling, token)
             draw = uniform(sampling.seed, choice, position)
             if not low <= draw < high:
@@ -99,7 +109,32 @@ class Reference:
         found = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
         return found.double().numpy()
 
+    def check_text(self, made: Made, into: Agreement) -> None:
+        """Fails if a request's text is not the one that its model and its sampling make, as far
+        as it got; or if it ended elsewhere than it should."""
+        spec, output = made.spec, made.ids
+        prompt = unpack(spec.prompt)
+        self.compare_sampled(prompt, output, spec.sampling, into, spec.choice)
+        ends = set(spec.sampling.stop_token_ids)
+        ends |= set() if spec.sampling.ignore_eos else self.end_ids
+        assert not ends & set(output[:-1]), "it went on after an end token"
+        stopped = bool(output) and output[-1] in ends
+        if made.finish_reason is None:
+            assert not stopped
+            assert len(output) < max(1, spec.max_tokens)
+        else:
+            assert made.finish_reason == ("stop" if stopped else "length")
+            assert stopped or len(output) == spec.max_tokens
+
     def _generate(self, prompt: list[int], max_tokens: int) -> tuple[list[int], list[torch.Tensor]]:
+        key = (max_tokens, *prompt)
+        if key not in self._known:
+            self._known[key] = self._generate_anew(prompt, max_tokens)
+        return self._known[key]
+
+    def _generate_anew(
+        self, prompt: list[int], max_tokens: int
+    ) -> tuple[list[int], list[torch.Tensor]]:
         made = self.model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -17,12 +17,14 @@ from tests.worker.tiny_models import END, FAMILIES, VOCABULARY
 
 KV_BYTES = {
     # layers x (key + value) x KV heads x head size x 4 bytes
-    "llama": 2 * 2 * 2 * 8 * 4,
-    "qwen2": 2 * 2 * 2 * 8 * 4,
-    "mistral": 2 * 2 * 2 * 8 * 4,
-    "gemma": 2 * 2 * 2 * 16 * 4,
-    "gemma2": 2 * 2 * 2 * 16 * 4,
-    "gpt2": 2 * 2 * 4 * 8 * 4,
+    "llama": 2 * 2 * 2 * 32 * 4,
+    "qwen2": 2 * 2 * 2 * 16 * 4,
+    "qwen3": 2 * 2 * 2 * 32 * 4,
+    "mistral": 2 * 2 * 2 * 32 * 4,
+    "gemma": 2 * 2 * 2 * 32 * 4,
+    "gemma2": 2 * 2 * 2 * 32 * 4,
+    "gemma3": 2 * 2 * 2 * 32 * 4,
+    "gpt2": 2 * 2 * 2 * 32 * 4,
 }
 
 
@@ -40,7 +42,7 @@ def test_facts_of_every_family(model_folders: dict[str, Path], family: str) -> N
     assert model.end_token_ids == (END,)
     assert model.kv_bytes_per_token == KV_BYTES[family]
     assert model.dtype == torch.float32
-    assert model.uniform_attention == (family not in {"mistral", "gemma2"})
+    assert model.uniform_attention == (family not in {"mistral", "gemma2", "gemma3"})
 
 
 def test_data_types_and_limits_can_be_set(llama: Path) -> None:

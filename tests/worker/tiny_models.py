@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 VOCABULARY = 264
@@ -31,8 +33,8 @@ CHAT_TEMPLATE = (
 _SPECIAL = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
 _SHAPE = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -43,41 +45,59 @@ _SHAPE = {
 
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
-    """A Llama with 2 layers, 4 heads of 8 and 2 KV heads; vocabulary 264, context 512."""
-    return _write(folder, LlamaConfig(**_SHAPE, tie_word_embeddings=False), seed)
+    """A Llama with 2 layers, 4 heads of 32 and 2 KV heads; vocabulary 264, context 512. Heads of
+    32 are the smallest that all engines take."""
+    return _write(folder, LlamaConfig(**_SHAPE, head_dim=32, tie_word_embeddings=False), seed)
 
 
 def tiny_qwen2(folder: Path, *, seed: int = 0) -> Path:
-    """A Qwen2 (biased projections)."""
+    """A Qwen2: biased projections, heads of 16."""
     return _write(folder, Qwen2Config(**_SHAPE, tie_word_embeddings=True), seed)
+
+
+def tiny_qwen3(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen3: queries and keys are normed."""
+    return _write(folder, Qwen3Config(**_SHAPE, head_dim=32, tie_word_embeddings=True), seed)
 
 
 def tiny_mistral(folder: Path, *, seed: int = 0) -> Path:
     """A Mistral whose layers all look back 24 tokens only."""
-    return _write(folder, MistralConfig(**_SHAPE, sliding_window=24, head_dim=8), seed)
+    return _write(folder, MistralConfig(**_SHAPE, sliding_window=24, head_dim=32), seed)
 
 
 def tiny_gemma(folder: Path, *, seed: int = 0) -> Path:
-    """A Gemma: head size is not hidden size over heads."""
-    return _write(folder, GemmaConfig(**_SHAPE, head_dim=16, tie_word_embeddings=False), seed)
+    """A Gemma: head size is not hidden size over heads; scaled embeddings."""
+    return _write(folder, GemmaConfig(**_SHAPE, head_dim=32, tie_word_embeddings=False), seed)
 
 
 def tiny_gemma2(folder: Path, *, seed: int = 0) -> Path:
     """A Gemma 2: soft caps, and every other layer looks back 24 tokens only."""
     return _write(
         folder,
-        Gemma2Config(**_SHAPE, head_dim=16, sliding_window=24, tie_word_embeddings=False),
+        Gemma2Config(**_SHAPE, head_dim=32, sliding_window=24, tie_word_embeddings=False),
         seed,
     )
+
+
+def tiny_gemma3(folder: Path, *, seed: int = 0) -> Path:
+    """A Gemma 3: its layers turn positions at different rates; one looks back 24 tokens only."""
+    config = Gemma3TextConfig(
+        **_SHAPE,
+        head_dim=32,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=False,
+    )
+    return _write(folder, config, seed)
 
 
 def tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
     """A GPT-2: learned positions, as many KV heads as heads, other names in its config."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=32,
+        n_embd=64,
         n_layer=2,
-        n_head=4,
+        n_head=2,
         n_positions=512,
         initializer_range=0.25,
         **_SPECIAL,
@@ -88,9 +108,11 @@ def tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
 FAMILIES: dict[str, Callable[..., Path]] = {
     "llama": tiny_llama,
     "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
     "mistral": tiny_mistral,
     "gemma": tiny_gemma,
     "gemma2": tiny_gemma2,
+    "gemma3": tiny_gemma3,
     "gpt2": tiny_gpt2,
 }
 
