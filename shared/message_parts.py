@@ -176,6 +176,11 @@ class WorkerMemory(Value, frozen=True, kw_only=True):
 
     kv_tokens_capacity: int
     kv_tokens_used: int = 0
+    kv_blocks_capacity: int = 0
+    """0 in all three: this engine has no blocks."""
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    """Free, but their content is kept as long as nobody needs the room."""
     kv_bytes_per_token: int = 0
     kv_bytes_capacity: int = 0
     kv_bytes_used: int = 0

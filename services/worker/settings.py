@@ -47,6 +47,17 @@ class WorkerSettings(ServiceSettings):
     kv_memory_share: float = Field(default=0.0, ge=0.0, le=0.95)
     """Share of the free memory for the KV cache; 0: 0.85 on CUDA, 0.2 on a CPU, where other
     processes live too."""
+    kv_block_tokens: int = Field(default=16, ge=1, le=1024)
+    """Engine paged: KV is given out in blocks of so many tokens; on CUDA a multiple of 16."""
+    kv_host_tokens: int = Field(default=0, ge=0)
+    """Engine paged: KV of parked requests that host memory keeps when the device needs the room."""
+    share_prefixes: bool = True
+    """Engine paged: requests with the same beginning share its KV. It shows in times to the first
+    token what others have asked before."""
+    weights: Literal["auto", "int8"] = "auto"
+    """Engine paged on a CPU: int8 rounds the weights of linear layers to 8 bits."""
+    fuse: bool = True
+    """Engine paged on a CPU: run models of Llama's shape by compiled kernels."""
     prefill_chunk_tokens: int = Field(default=4096, ge=1)
     """Most input tokens, padding counted, in one iteration of prefill: it bounds how long a
     cancelled request still costs, and the memory of activations."""

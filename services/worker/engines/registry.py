@@ -25,6 +25,12 @@ def _simulated(settings: WorkerSettings) -> Engine:
     return make_simulated(settings)
 
 
+def _paged(settings: WorkerSettings) -> Engine:
+    from services.worker.engines.paged import make_paged
+
+    return make_paged(settings)
+
+
 def _vllm(settings: WorkerSettings) -> Engine:
     from services.worker.engines.vllm import make_vllm
 
@@ -33,11 +39,13 @@ def _vllm(settings: WorkerSettings) -> Engine:
 
 ENGINES: dict[str, Callable[[WorkerSettings], Engine]] = {
     "padded": _padded,
+    "paged": _paged,
     "simulated": _simulated,
     "vllm": _vllm,
 }
 FORMS: dict[str, tuple[Form, ...]] = {
     "padded": ("closed",),
+    "paged": ("leased",),
     "simulated": ("closed", "leased"),
     "vllm": ("leased",),
 }

@@ -1,0 +1,160 @@
+"""Models of Llama's shape on a CPU: few large products and compiled kernels, no small operations.
+
+One packed product for queries, keys and values, one for gate and up; norms, rotary embedding and
+activation are kernels of their own. transformers' modules do the same in some forty operations a
+layer, which cost as much as the products where a batch is small. Whether a model has this shape is
+not believed but tried: the engine compares logits with the untouched model's at the load.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from services.worker.models import LoadedModel
+from services.worker.paged import kernels
+from services.worker.paged.attention import Attention
+from services.worker.paged.iteration import Iteration
+from services.worker.paged.linears import can_pack, pack
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone."""
+
+
+class Unfit(Exception):
+    """The model has another shape; the text says what differs."""
+
+
+class _Layer:
+    """Weights of one decoder layer."""
+
+    def __init__(self, layer: Any, heads: int, kv_heads: int, size: int, *, int8: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj), int8)
+        self.out = _joined((attention.o_proj,), int8)
+        self.gate_up = _joined((mlp.gate_proj, mlp.up_proj), int8)
+        self.down = _joined((mlp.down_proj,), int8)
+        self.norm_in, self.eps = _norm(layer.input_layernorm)
+        self.norm_mlp, _ = _norm(layer.post_attention_layernorm)
+        self.scale = float(attention.scaling)
+        self.window = int(getattr(attention, "sliding_window", None) or 0)
+        q_norm = getattr(attention, "q_norm", None)
+        self.q_norm = _norm(q_norm)[0] if q_norm is not None else None
+        k_norm = getattr(attention, "k_norm", None)
+        self.k_norm = _norm(k_norm)[0] if k_norm is not None else None
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise Unfit("only queries or only keys are normed")
+        self.q_size, self.kv_size = heads * size, kv_heads * size
+
+
+class FusedNetwork:
+    """See the module's text."""
+
+    kind = "fused"
+
+    def __init__(self, model: LoadedModel, *, int8: bool = False) -> None:
+        """Raises Unfit. The model's own linear layers are left as they are; `strip` frees them."""
+        network = model.network
+        config = network.config
+        if config.model_type not in MODEL_TYPES:
+            raise Unfit(f"model type {config.model_type}")
+        if config.hidden_act != "silu":
+            raise Unfit(f"activation {config.hidden_act}")
+        body = network.model
+        if not can_pack(network.lm_head.weight):
+            raise Unfit(f"{model.dtype} on {model.device}")
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._size = body.layers[0].self_attn.head_dim
+        self._dtype = model.dtype
+        self._embedding = body.embed_tokens.weight.detach()
+        self._layers = [
+            _Layer(layer, self._heads, self._kv_heads, self._size, int8=int8)
+            for layer in body.layers
+        ]
+        self._norm, self._eps = _norm(body.norm)
+        self._head = pack(network.lm_head.weight, network.lm_head.bias, int8=int8)
+        self._cos, self._sin = _angles(body.rotary_emb, config, model.context_tokens_max)
+
+    def strip(self, model: LoadedModel) -> None:
+        """Free what the untouched model holds twice."""
+        for module in model.network.modules():
+            if isinstance(module, nn.Linear):
+                module.weight, module.bias = None, None  # type: ignore[assignment]
+
+    def forward(self, iteration: Iteration, attention: Attention) -> Tensor:
+        """See Network."""
+        attention.begin(iteration)
+        ids = torch.from_numpy(iteration.ids)
+        x = self._embedding[ids].float()
+        rows, width = x.shape
+        stream = x.numpy()
+        h = torch.empty((rows, width))
+        last = len(self._layers) - 1
+        kernels.normalize(stream, self._layers[0].norm_in, self._layers[0].eps, h.numpy())
+        for index, layer in enumerate(self._layers):
+            mixed = self._product(layer.out, self._attend(index, layer, h, iteration, attention))
+            kernels.add_and_normalize(stream, mixed.numpy(), layer.norm_mlp, layer.eps, h.numpy())
+            both = self._product(layer.gate_up, h)
+            inner = torch.empty((rows, both.shape[1] // 2))
+            kernels.gate(both.numpy(), inner.numpy())
+            made = self._product(layer.down, inner)
+            following = self._layers[index + 1].norm_in if index < last else self._norm
+            kernels.add_and_normalize(stream, made.numpy(), following, layer.eps, h.numpy())
+        return self._product(self._head, h[torch.from_numpy(iteration.wanted)])
+
+    def _attend(
+        self, index: int, layer: _Layer, h: Tensor, now: Iteration, attention: Attention
+    ) -> Tensor:
+        size, heads, kv_heads = self._size, self._heads, self._kv_heads
+        qkv = self._product(layer.qkv, h)
+        q, k, v = qkv.split([layer.q_size, layer.kv_size, layer.kv_size], dim=1)
+        q, k = q.contiguous(), k.contiguous()
+        for part, count, weight in ((q, heads, layer.q_norm), (k, kv_heads, layer.k_norm)):
+            flat = part.numpy()
+            if weight is not None:
+                kernels.normalize_heads(flat, count, size, weight, layer.eps)
+            kernels.rotate(flat, count, size, now.positions, self._cos, self._sin)
+        found = attention.attend(
+            index,
+            q.view(-1, heads, size),
+            k.view(-1, kv_heads, size),
+            v.reshape(-1, kv_heads, size),
+            scale=layer.scale,
+            window=layer.window,
+        )
+        return found.view(-1, heads * size)
+
+    def _product(self, linear: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = linear(x if self._dtype == torch.float32 else x.to(self._dtype))
+        return found.float()
+
+
+def _joined(linears: tuple[Any, ...], int8: bool) -> nn.Module:
+    if any(type(linear) is not nn.Linear for linear in linears):
+        raise Unfit(f"{type(linears[0]).__name__} in the place of a linear layer")
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return pack(weight, None, int8=int8)
+    whole = [
+        weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        for linear in linears
+    ]
+    return pack(weight, torch.cat(whole), int8=int8)
+
+
+def _norm(module: Any) -> tuple[Any, Any]:
+    if not type(module).__name__.endswith("RMSNorm") or "Gemma" in type(module).__name__:
+        raise Unfit(f"norm {type(module).__name__}")
+    return module.weight.detach().float().numpy().copy(), np.float32(module.variance_epsilon)
+
+
+def _angles(rotary: Any, config: Any, positions: int) -> tuple[Any, Any]:
+    kind = getattr(rotary, "rope_type", "default")
+    if kind not in STATIC_ROPE:
+        raise Unfit(f"rotary embedding {kind}")
+    probe = torch.zeros((1, 1, 1))
+    cos, sin = rotary(probe, torch.arange(positions)[None])
+    return cos[0].float().contiguous().numpy(), sin[0].float().contiguous().numpy()

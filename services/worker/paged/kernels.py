@@ -1,0 +1,216 @@
+"""The CPU's kernels, compiled by numba: attention over KV blocks, rotary embedding, RMS norms.
+
+Theory of operation. PyTorch has no CPU attention that reads KV where it lies in blocks; gathering
+it would cost more than attending to it. Each kernel is made for one shape (heads, sizes, block), so
+that its inner loops have constant lengths and become vector code. Arithmetic is float32; KV may be
+float32 or the upper halves of float32 (bfloat16, seen as int16). All release Python's lock.
+
+KV lies as [slots, heads, size]; slot = block x block_tokens + place in the block. That is also how
+PyTorch's own paged attention on CUDA wants it.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+F32 = np.float32
+_OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy", "cache": True}
+LOG2_E = F32(1.4426950408889634)
+LN2_HIGH = F32(0.693359375)
+LN2_LOW = F32(-2.12194440e-4)
+"""ln 2 in two parts, and the polynomial of Cephes' expf (Moshier): error 2e-7."""
+LOWEST = F32(-87.0)
+"""exp of less is 0 in float32."""
+
+
+@njit(**_OPTIONS)
+def _exp(x: Any) -> Any:
+    x = max(x, LOWEST)
+    n = np.floor(x * LOG2_E + F32(0.5))
+    f = x - n * LN2_HIGH - n * LN2_LOW
+    p = F32(1.9875691500e-4)
+    p = p * f + F32(1.3981999507e-3)
+    p = p * f + F32(8.3334519073e-3)
+    p = p * f + F32(4.1665795894e-2)
+    p = p * f + F32(1.6666665459e-1)
+    p = p * f + F32(5.0000001201e-1)
+    p = p * f * f + f + F32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def _load(x):  # type: ignore[no-untyped-def]
+    """A stored number as float32: bfloat16's bits are the upper half of float32's."""
+
+
+def _store(x, like):  # type: ignore[no-untyped-def]
+    """float32 as it is stored; of bfloat16 the nearest one's bits, ties to even."""
+
+
+@overload(_load)
+def _load_typed(x):  # type: ignore[no-untyped-def]
+    if x == types.int16:
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    return lambda x: x
+
+
+@overload(_store)
+def _store_typed(x, like):  # type: ignore[no-untyped-def]
+    if like != types.int16:
+        return lambda x, like: x
+
+    def narrowed(x, like):  # type: ignore[no-untyped-def]
+        bits = F32(x).view(np.int32)
+        odd = (bits >> np.int32(16)) & np.int32(1)
+        return np.int16((bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+
+    return narrowed
+
+
+@lru_cache(maxsize=64)
+def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]:
+    """attend(q, keys, values, block_tokens, tables, seats, contexts, window, scale, cap, out,
+    begin, end).
+
+    q: [rows, heads, key_size] float32; keys, values: [slots, kv_heads, size]; tables: [seats,
+    blocks] int32; seats, contexts: [rows] int32: whose blocks a row reads, and how many tokens of
+    them, its own the last; window: at most so many of these, 0: all; cap: softcap of scores, 0:
+    none; out: [rows, heads, value_size]. Rows begin..end are done.
+    """
+
+    @njit(**_OPTIONS)
+    def attend(  # type: ignore[no-untyped-def]
+        q, keys, values, block_tokens, tables, seats, contexts, window, scale, cap, out, begin, end
+    ):
+        kv_heads = keys.shape[1]
+        heads = kv_heads * group
+        longest = 1
+        for row in range(begin, end):
+            longest = max(longest, contexts[row])
+        scores = np.empty((heads, longest), np.float32)
+        sums = np.empty((heads, value_size), np.float32)
+        for row in range(begin, end):
+            context = contexts[row]
+            first = max(0, context - window) if window > 0 else 0
+            table = tables[seats[row]]
+            for j in range(first, context):
+                slot = table[j // block_tokens] * block_tokens + j % block_tokens
+                for head in range(kv_heads):
+                    for g in range(group):
+                        s = F32(0)
+                        for d in range(key_size):
+                            s += q[row, head * group + g, d] * _load(keys[slot, head, d])
+                        scores[head * group + g, j] = s * scale
+            for head in range(heads):
+                if cap > 0:
+                    for j in range(first, context):
+                        scores[head, j] = cap * np.tanh(scores[head, j] / cap)
+                top = scores[head, first]
+                for j in range(first, context):
+                    top = max(top, scores[head, j])
+                total = F32(0)
+                for j in range(first, context):
+                    p = _exp(scores[head, j] - top)
+                    scores[head, j] = p
+                    total += p
+                by = F32(1) / total
+                for j in range(first, context):
+                    scores[head, j] *= by
+            for head in range(heads):
+                for d in range(value_size):
+                    sums[head, d] = F32(0)
+            for j in range(first, context):
+                slot = table[j // block_tokens] * block_tokens + j % block_tokens
+                for head in range(kv_heads):
+                    for g in range(group):
+                        p = scores[head * group + g, j]
+                        for d in range(value_size):
+                            sums[head * group + g, d] += p * _load(values[slot, head, d])
+            for head in range(heads):
+                for d in range(value_size):
+                    out[row, head, d] = sums[head, d]
+
+    return attend  # type: ignore[no-any-return]
+
+
+@njit(**_OPTIONS)
+def write_kv(k, v, slots, keys, values):  # type: ignore[no-untyped-def]
+    """k, v [rows, kv_heads, size] float32 to the slots [rows] of keys and values [slots, kv_heads,
+    size]."""
+    for row in range(slots.shape[0]):
+        slot = slots[row]
+        for head in range(keys.shape[1]):
+            for d in range(keys.shape[2]):
+                keys[slot, head, d] = _store(k[row, head, d], keys[0, 0, 0])
+            for d in range(values.shape[2]):
+                values[slot, head, d] = _store(v[row, head, d], values[0, 0, 0])
+
+
+@njit(**_OPTIONS)
+def normalize_heads(x, heads, size, weight, eps):  # type: ignore[no-untyped-def]
+    """RMS norm of each of the first `heads` vectors of `size` in every row of x, in place."""
+    for row in range(x.shape[0]):
+        for head in range(heads):
+            at = head * size
+            total = F32(0)
+            for d in range(size):
+                total += x[row, at + d] * x[row, at + d]
+            by = F32(1) / np.sqrt(total / F32(size) + eps)
+            for d in range(size):
+                x[row, at + d] = x[row, at + d] * by * weight[d]
+
+
+@njit(**_OPTIONS)
+def rotate(x, heads, size, positions, cos, sin):  # type: ignore[no-untyped-def]
+    """Rotary embedding of the first `heads` vectors of `size` in every row of x, in place. The
+    halves of a vector are the pairs' two parts; cos, sin: [positions, rotated size]."""
+    half = cos.shape[1] // 2
+    for row in range(x.shape[0]):
+        c, s = cos[positions[row]], sin[positions[row]]
+        for head in range(heads):
+            at = head * size
+            for d in range(half):
+                a, b = x[row, at + d], x[row, at + half + d]
+                x[row, at + d] = a * c[d] - b * s[d]
+                x[row, at + half + d] = b * c[half + d] + a * s[half + d]
+
+
+@njit(**_OPTIONS)
+def add_and_normalize(x, y, weight, eps, out):  # type: ignore[no-untyped-def]
+    """x += y; out = RMS norm of x times weight. All [rows, size] but weight [size]."""
+    size = x.shape[1]
+    for row in range(x.shape[0]):
+        total = F32(0)
+        for d in range(size):
+            v = x[row, d] + y[row, d]
+            x[row, d] = v
+            total += v * v
+        by = F32(1) / np.sqrt(total / F32(size) + eps)
+        for d in range(size):
+            out[row, d] = x[row, d] * by * weight[d]
+
+
+@njit(**_OPTIONS)
+def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    """out = RMS norm of x times weight; x, out: [rows, size]."""
+    size = x.shape[1]
+    for row in range(x.shape[0]):
+        total = F32(0)
+        for d in range(size):
+            total += x[row, d] * x[row, d]
+        by = F32(1) / np.sqrt(total / F32(size) + eps)
+        for d in range(size):
+            out[row, d] = x[row, d] * by * weight[d]
+
+
+@njit(**_OPTIONS)
+def gate(x, out):  # type: ignore[no-untyped-def]
+    """out = silu(first half of x) * second half; x: [rows, 2 size], out: [rows, size]."""
+    size = out.shape[1]
+    for row in range(x.shape[0]):
+        for d in range(size):
+            v = x[row, d]
+            out[row, d] = v / (F32(1) + _exp(-v)) * x[row, size + d]
