@@ -2,7 +2,7 @@
 
 Rows that stand alone, as decodes do, go through a kernel that reads KV where it lies. Long chunks
 of prefill go through matrix products, over KV that is gathered unless the chunk is all there is.
-Where no kernel fits (other devices or number types) rows are gathered, too: slow, but the same sums.
+Where no kernel fits (other devices or number types) rows are gathered, too: slow, but right.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from services.worker.paged.cache import KvCache
 from services.worker.paged.iteration import Chunk, Iteration
@@ -178,7 +178,7 @@ def attend_chunk(
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[heads, rows, size] of each; without a mask: causal from the first token on."""
-    out = F.scaled_dot_product_attention(
+    out = scaled_dot_product_attention(
         q[None],
         k[None],
         v[None],

@@ -109,7 +109,7 @@ class FusedNetwork:
     ) -> Tensor:
         size, heads, kv_heads = self._size, self._heads, self._kv_heads
         qkv = self._product(layer.qkv, h)
-        q, k, v = qkv.split([layer.q_size, layer.kv_size, layer.kv_size], dim=1)
+        q, k, v = torch.split(qkv, [layer.q_size, layer.kv_size, layer.kv_size], dim=1)
         q, k = q.contiguous(), k.contiguous()
         for part, count, weight in ((q, heads, layer.q_norm), (k, kv_heads, layer.k_norm)):
             flat = part.numpy()

@@ -28,7 +28,7 @@ LOWEST = F32(-87.0)
 
 
 @njit(**_OPTIONS)
-def _exp(x: Any) -> Any:
+def _exp(x):  # type: ignore[no-untyped-def]
     x = max(x, LOWEST)
     n = np.floor(x * LOG2_E + F32(0.5))
     f = x - n * LN2_HIGH - n * LN2_LOW
@@ -102,7 +102,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                     for g in range(group):
                         s = F32(0)
                         for d in range(key_size):
-                            s += q[row, head * group + g, d] * _load(keys[slot, head, d])
+                            s += q[row, head * group + g, d] * _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
                         scores[head * group + g, j] = s * scale
             for head in range(heads):
                 if cap > 0:
@@ -128,7 +128,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                     for g in range(group):
                         p = scores[head * group + g, j]
                         for d in range(value_size):
-                            sums[head * group + g, d] += p * _load(values[slot, head, d])
+                            sums[head * group + g, d] += p * _load(values[slot, head, d])  # type: ignore[no-untyped-call]
             for head in range(heads):
                 for d in range(value_size):
                     out[row, head, d] = sums[head, d]
@@ -144,9 +144,9 @@ def write_kv(k, v, slots, keys, values):  # type: ignore[no-untyped-def]
         slot = slots[row]
         for head in range(keys.shape[1]):
             for d in range(keys.shape[2]):
-                keys[slot, head, d] = _store(k[row, head, d], keys[0, 0, 0])
+                keys[slot, head, d] = _store(k[row, head, d], keys[0, 0, 0])  # type: ignore[no-untyped-call]
             for d in range(values.shape[2]):
-                values[slot, head, d] = _store(v[row, head, d], values[0, 0, 0])
+                values[slot, head, d] = _store(v[row, head, d], values[0, 0, 0])  # type: ignore[no-untyped-call]
 
 
 @njit(**_OPTIONS)

@@ -4,7 +4,7 @@ Theory of operation. A lease up to `until` owns `leased_blocks(prompt, until)` b
 moment it is granted, so nothing that runs can be refused memory. Full blocks are published under
 the key of their text: another request with the same beginning holds the same blocks instead of
 computing them. What nobody holds stays until its room is wanted. Then a block of a parked request
-moves to host memory if copying it back is cheaper than computing it again, by what both took so far.
+moves to host memory if copying it back is cheaper than computing it again, by what both took.
 """
 
 import time

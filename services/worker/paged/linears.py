@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs]."""
         rows = x.reshape(-1, self.in_features)
-        found = torch.ops.aten._weight_int8pack_mm(rows, self._weight, self._scales)
+        found: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self._weight, self._scales)
         if self._bias is not None:
             found += self._bias
         return found.view(*x.shape[:-1], self.out_features)
@@ -73,7 +73,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> n
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN can: on a CPU, in a type that it multiplies fast here."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -88,11 +88,12 @@ def pack_layers(network: nn.Module, *, int8: bool = False) -> int:
     packed = 0
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, pack(child.weight, child.bias, int8=int8))
-            elif type(child) is Conv1D and can_pack(child.weight):
-                setattr(parent, name, pack(child.weight.t(), child.bias, int8=int8))
-            else:
+            if type(child) not in (nn.Linear, Conv1D):
                 continue
-            packed += 1
+            weight: Tensor = child.get_parameter("weight")
+            if can_pack(weight):
+                rows = weight if type(child) is nn.Linear else weight.t()
+                bias = None if child.bias is None else child.get_parameter("bias")
+                setattr(parent, name, pack(rows, bias, int8=int8))
+                packed += 1
     return packed

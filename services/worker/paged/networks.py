@@ -7,8 +7,7 @@ from torch import Tensor
 from services.worker.models import LoadedModel, ModelError
 from services.worker.paged.attention import make_attention
 from services.worker.paged.cache import KvCache
-from services.worker.paged.iteration import Part, lay_out
-from services.worker.paged.lease_memory import Ints
+from services.worker.paged.iteration import Ints, Part, lay_out
 from services.worker.paged.network import (
     CHECK_TOKENS,
     TOLERANCE,
@@ -59,9 +58,9 @@ def _fused(
     except (Unfit, AttributeError) as error:
         log.debug("paged.not_fused", reason=str(error))
         return None
-    error = check(fused, model, reference)
-    if error > tolerance:
-        log.warning("paged.not_fused", reason=f"logits are off by {error:.1e} of the largest")
+    off = check(fused, model, reference)
+    if off > tolerance:
+        log.warning("paged.not_fused", reason=f"logits are off by {off:.1e} of the largest")
         return None
     fused.strip(model)
     return fused
