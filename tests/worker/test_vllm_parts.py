@@ -172,6 +172,7 @@ class CountingCore:
     def __init__(self, blocks: int, speed: int = 20) -> None:
         self.blocks = blocks
         self.speed = self.most = speed
+        self.prefill_first = False
         self.preemptions = 0
         self.failing = False
         self.closed = False
@@ -188,8 +189,9 @@ class CountingCore:
         for key in keys:
             self.running.pop(key, None)
 
-    def limit_iterations(self, tokens: int) -> None:
-        self.speed = min(tokens or self.most, self.most)
+    def configure(self, iteration_tokens: int, *, prefill_first: bool) -> None:
+        self.speed = min(iteration_tokens or self.most, self.most)
+        self.prefill_first = prefill_first
 
     def step(self) -> list[CoreTokens]:
         if self.failing:
@@ -271,6 +273,16 @@ def test_a_renewal_in_time_makes_no_pause() -> None:
     assert len(driver.ids("r")) == 12
     assert len(inside) == 1
     assert core.running == {}, "it is not in vLLM while it pauses"
+
+
+def test_how_iterations_are_filled_holds_from_the_order_on() -> None:
+    engine, core = make_engine()
+    driver = Driver(engine)
+    driver.start(make_order(make_spec("a", [1] * 40), 9), iteration_tokens=4, prefill_first=True)
+    assert (core.speed, core.prefill_first) == (4, True)
+    assert [len(driver.step().tokens) for _ in range(10)] == [0] * 9 + [1]
+    driver.start(make_order(make_spec("b"), 9))
+    assert (core.speed, core.prefill_first) == (core.most, False)
 
 
 def test_memory_is_that_of_the_leases() -> None:

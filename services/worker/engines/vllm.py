@@ -8,7 +8,7 @@ a block of computing again. Blocks for whole leases are set aside in books of ou
 (`vllm_leases`), which vLLM's own use never exceeds; a renewal without room ends the lease where it
 stands (evicted). Tokens are chosen by our own sampler (`vllm_sampling`).
 
-`iteration_tokens` lowers vLLM's own limit; `prefill_first` is ignored: vLLM puts decodes first.
+`iteration_tokens` lowers vLLM's own limit, which is `prefill_chunk_tokens`.
 """
 
 import itertools
@@ -48,8 +48,8 @@ class Core(Protocol):
     def abort(self, keys: Sequence[str]) -> None:
         """End requests before the next step."""
 
-    def limit_iterations(self, tokens: int) -> None:
-        """Most tokens in an iteration; 0: no other limit than its own."""
+    def configure(self, iteration_tokens: int, *, prefill_first: bool) -> None:
+        """Most tokens in an iteration (0: its own limit), and whether decodes wait for prefill."""
 
     def step(self) -> list[CoreTokens]:
         """One iteration."""
@@ -119,7 +119,7 @@ class VllmEngine:
             order.orders, info.end_token_ids, info.vocabulary_size, info.context_tokens_max
         )
         self._book.admit(leases)
-        self._core.limit_iterations(order.iteration_tokens)
+        self._core.configure(order.iteration_tokens, prefill_first=order.prefill_first)
         begun = 0
         try:
             for lease in leases:

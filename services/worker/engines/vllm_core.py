@@ -6,7 +6,8 @@ from the next step on, and the scheduler's KV blocks can be read. Models are rea
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,11 @@ class VllmCore:
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
         self._rows: dict[str, KeyedRow] = {}
         """By key: of the requests that are in vLLM."""
+        self._inside: dict[str, str] = {}
+        """By key: the names that vLLM's scheduler has for them."""
         self._silent: set[str] = set()
-        """Keys of those of which nothing was heard yet."""
+        """Keys of those of which nothing was heard yet: their prompts are being read."""
+        self._prefill_first = False
         self._iteration_tokens_max: int = self._scheduler.max_num_scheduled_tokens
         self._measure_cache(settings)
         self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
@@ -123,7 +127,7 @@ class VllmCore:
     def add(self, row: KeyedRow, ends: Sequence[int], tokens_max: int) -> None:
         """Begin a request: its prompt is the row's prompt and output. Raises ValueError."""
         fields = vllm_parameters(row, ends, tokens_max)
-        self._engine.add_request(
+        self._inside[row.key] = self._engine.add_request(
             row.key,
             {"type": "token", "prompt_token_ids": [*row.prompt, *row.output]},
             self._parameters(**fields, output_kind=self._deltas),
@@ -133,29 +137,52 @@ class VllmCore:
 
     def abort(self, keys: Sequence[str]) -> None:
         """End requests; their KV stays in the prefix cache until others need the room."""
-        known = [key for key in keys if self._rows.pop(key, None) is not None]
-        self._silent.difference_update(known)
+        known = [key for key in keys if key in self._rows]
+        for key in known:
+            self._forget(key)
         if known:
             self._engine.abort_request(known)
 
-    def limit_iterations(self, tokens: int) -> None:
-        """Most tokens in an iteration from now on; 0: the limit that was set at the start."""
+    def configure(self, iteration_tokens: int, *, prefill_first: bool) -> None:
+        """Most tokens in an iteration from now on, 0 for the limit that was set at the start; and
+        whether decodes wait while prompts are being read."""
         most = self._iteration_tokens_max
-        self._scheduler.max_num_scheduled_tokens = min(tokens or most, most)
+        self._scheduler.max_num_scheduled_tokens = min(iteration_tokens or most, most)
+        self._prefill_first = prefill_first
 
     def step(self) -> list[CoreTokens]:
         """One iteration. Requests whose prompt is not read to its end have no tokens yet."""
-        outputs = self._engine.step()
+        with self._decodes_held():
+            outputs = self._engine.step()
         self._look_for_preemptions()
         return [self._tokens_of(output) for output in outputs]
 
+    @contextmanager
+    def _decodes_held(self) -> Iterator[None]:
+        """Hides decodes from the scheduler for an iteration, if prefill goes first. To vLLM that is
+        an iteration whose limit of tokens they did not come under."""
+        scheduler = self._scheduler
+        limit = scheduler.max_num_running_reqs
+        if not (self._prefill_first and self._silent and len(self._rows) <= limit):
+            yield
+            return
+        reading = {self._inside[key] for key in self._silent}
+        held = [r for r in scheduler.running if r.request_id not in reading]
+        scheduler.running = [r for r in scheduler.running if r.request_id in reading]
+        try:
+            yield
+        finally:
+            scheduler.running = held + scheduler.running
+
     def _tokens_of(self, output: Any) -> CoreTokens:
         key = output.request_id
-        row = self._rows.pop(key) if output.finished else self._rows[key]
+        row = self._rows[key]
         ids = tuple(output.outputs[0].token_ids)
         if key in self._silent:
             self._silent.discard(key)
             self.cached_tokens += output.num_cached_tokens or 0
+        if output.finished:
+            self._forget(key)
         return CoreTokens(
             key=key,
             ids=ids,
@@ -163,6 +190,10 @@ class VllmCore:
             logprobs=self._batch.logprobs.get(key) if ids else None,
             prompt_logprobs=_prompt_scores(output, row.sampling.logprobs or 0),
         )
+
+    def _forget(self, key: str) -> None:
+        del self._rows[key], self._inside[key]
+        self._silent.discard(key)
 
     def _look_for_preemptions(self) -> None:
         waiting = {r.request_id for r in self._scheduler.waiting if r.num_preemptions}

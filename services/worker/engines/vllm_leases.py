@@ -122,7 +122,7 @@ class LeaseBook:
         self.blocks_used -= self._blocks(lease, lease.until)
 
     def _blocks(self, lease: Lease, until: int) -> int:
-        return leased_blocks(len(lease.prompt), until, self.block_tokens)
+        return leased_blocks(len(lease.prompt), max(until, 1), self.block_tokens)
 
 
 def open_leases(
