@@ -5,6 +5,11 @@ away is noticed from the first moment. A loop waits for the call to change and w
 new in one piece; while it writes, more may come, so a slow client gets fewer and larger events.
 The status line is held back until the first token or `keepalive_s`: a refusal in that time is a
 proper HTTP error, later ones are error events.
+
+A stream writes a few bytes for every token, and a timer for every wait and every write would cost
+more than all the rest. So an answer has one timer, which is set anew only when it fires: it looks
+whether nothing was written for `keepalive_s`, and whether a write has been under way for longer
+than `write_timeout_s`.
 """
 
 import asyncio
@@ -51,6 +56,12 @@ class CallResponse(Response):
         self._on_end = on_end
         self._gone = False
         self._started = False
+        self._silent = False
+        """Nothing was written for so long that a sign of life is due."""
+        self._stuck = False
+        """A write took too long; the answer is being given up."""
+        self._wrote_at = 0.0
+        self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the answer; the call is over when this returns."""
@@ -67,6 +78,10 @@ class CallResponse(Response):
             self._on_end(self._call, 499 if self._gone else status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._wrote_at = loop.time()
+        timer = _Timer(loop, lambda now: self._look(now, task))
         try:
             await self._link.submit(self._call)
             if self._stream:
@@ -75,9 +90,28 @@ class CallResponse(Response):
         except ApiError as error:
             await error_response(error)(scope, receive, send)
             return error.status
-        except TimeoutError:  # from `_send`: the connection is of no use any more
-            self._gone = True
+        except asyncio.CancelledError:
+            if not self._stuck or task.uncancel():
+                raise
+            self._gone = True  # the connection is of no use any more
             return 499
+        finally:
+            timer.cancel()
+
+    def _look(self, now: float, task: "asyncio.Task[object]") -> float:
+        """The timer fired; returns when it is to fire next."""
+        if self._writing_since is not None:
+            due = self._writing_since + self._write_timeout_s
+            if now >= due:
+                self._stuck = True
+                task.cancel()
+        else:
+            due = self._wrote_at + self._keepalive_s
+            if now >= due:
+                self._silent, self._wrote_at = True, now
+                self._call.changed.set()
+        latest = now + min(self._keepalive_s, self._write_timeout_s)
+        return latest if due <= now else min(due, latest)
 
     async def _watch(self, receive: Receive) -> None:
         """Notices that the client went away."""
@@ -104,27 +138,20 @@ class CallResponse(Response):
         return 200
 
     async def _write_stream(self, send: Send) -> int:
+        changed = self._call.changed
         while True:
-            waited_in_vain = await self._wait()
+            await changed.wait()
+            changed.clear()
             if self._gone:
                 return 499
             events, over = self._new_events()
-            if waited_in_vain and not events:
+            if self._silent and not events:
                 events = KEEP_ALIVE
+            self._silent = False
             if events:
                 await self._write(send, events, more=not over)
             if over:
                 return 200
-
-    async def _wait(self) -> bool:
-        """Until something is new; true if nothing came in time."""
-        try:
-            async with asyncio.timeout(self._keepalive_s):
-                await self._call.changed.wait()
-        except TimeoutError:
-            return True
-        self._call.changed.clear()
-        return False
 
     def _new_events(self) -> tuple[bytes, bool]:
         """All that is new, and whether the stream is over. Raises ApiError if it never began."""
@@ -151,10 +178,27 @@ class CallResponse(Response):
         await self._send(send, {"type": "http.response.body", "body": events, "more_body": more})
 
     async def _send(self, send: Send, *messages: Message) -> None:
-        """Raises TimeoutError if the client takes nothing for too long."""
-        async with asyncio.timeout(self._write_timeout_s):
-            for message in messages:
-                await send(message)
+        """Cancelled by the timer if the client takes nothing for too long."""
+        self._wrote_at = self._writing_since = self._link.now()
+        for message in messages:
+            await send(message)
+        self._writing_since = None
+
+
+class _Timer:
+    """Calls `look` with the time, again and again, when it last said."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, look: Callable[[float], float]) -> None:
+        self._loop = loop
+        self._look = look
+        self._handle = loop.call_at(look(loop.time()), self._fire)
+
+    def cancel(self) -> None:
+        """No more calls."""
+        self._handle.cancel()
+
+    def _fire(self) -> None:
+        self._handle = self._loop.call_at(self._look(self._loop.time()), self._fire)
 
 
 def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
