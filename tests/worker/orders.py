@@ -1,6 +1,6 @@
 """Orders, and a driver that runs requests on engines slice by slice, as a scheduler would."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.worker.engines.api import Engine, StepReport
@@ -112,15 +112,23 @@ def run_batch(
 
 
 def run_to_end(
-    engine: Engine, specs: Sequence[RequestSpec], slice_tokens: int, batch_size: int = 100
+    engine: Engine,
+    specs: Sequence[RequestSpec],
+    slice_tokens: int | Mapping[str, int],
+    batch_size: int = 100,
 ) -> dict[str, Made]:
-    """Run all requests, `slice_tokens` at a time, in batches that change from slice to slice."""
+    """Run all requests, `slice_tokens` at a time (of each, or by name), in batches that change
+    from slice to slice."""
+    if isinstance(slice_tokens, int):
+        slice_tokens = dict.fromkeys((spec.request_id for spec in specs), slice_tokens)
     made = {spec.request_id: Made(spec) for spec in specs}
     number = 0
     while waiting := [m for m in made.values() if m.finish_reason is None]:
         # A rotating start mixes requests of different ages.
         turned = waiting[number % len(waiting) :] + waiting[: number % len(waiting)]
         number += 1
-        orders = [make_order(m.spec, slice_tokens, m.ids) for m in turned[:batch_size]]
+        orders = [
+            make_order(m.spec, slice_tokens[m.spec.request_id], m.ids) for m in turned[:batch_size]
+        ]
         run_batch(engine, make_batch(*orders, batch_id=f"b{number}"), made)
     return made

@@ -4,7 +4,7 @@ The driver keeps its own truth: which requests are there, up to where each may g
 follows from that. Every report is checked against it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -196,14 +196,17 @@ def run_all(
     kit: Kit,
     engine: Engine,
     specs: Sequence[RequestSpec],
-    slice_tokens: int,
+    slice_tokens: int | Mapping[str, int],
     at_once: int = 100,
     *,
     shares: bool = False,
     **more: Any,
 ) -> dict[str, Made]:
-    """Run all requests, `slice_tokens` at a time, in company that changes: in closed batches of
-    so many, or as leases, so many at once, whoever waits joining when somebody has finished."""
+    """Run all requests, `slice_tokens` at a time (of each, or by name), in company that changes:
+    in closed batches of so many, or as leases, so many at once, whoever waits joining when
+    somebody has finished."""
+    if isinstance(slice_tokens, int):
+        slice_tokens = dict.fromkeys((spec.request_id for spec in specs), slice_tokens)
     if kit.subject.form == "closed":
         return run_to_end(engine, specs, slice_tokens, at_once)
     driver = Driver(engine, kit.subject, shares=shares)
@@ -212,9 +215,10 @@ def run_all(
         joining = waiting[: at_once - len(driver.until)]
         del waiting[: len(joining)]
         if joining:
-            driver.start(*(make_order(spec, slice_tokens) for spec in joining), **more)
+            orders = [make_order(spec, slice_tokens[spec.request_id]) for spec in joining]
+            driver.start(*orders, **more)
         driver.rest()
         for name in list(driver.until):
-            driver.renew(name, len(driver.ids(name)) + slice_tokens)
+            driver.renew(name, len(driver.ids(name)) + slice_tokens[name])
     driver.assert_empty()
     return driver.made
