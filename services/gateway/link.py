@@ -150,21 +150,23 @@ class MeshLink:
             self._metrics.token_batches.inc()
             self._metrics.token_wait.observe(delivery.queue_wait_s)
             self._record_returns(message, delivery)
-        self._apply(self._ledger.handle(message, self.now()))
+        now = self.now()
+        self._apply(self._ledger.handle(message, now), now)
         self._metrics.follow(self._ledger.counts)
         self._rearm_if_earlier()
 
     def _on_reconnect(self) -> None:
         self._metrics.errors.labels("reconnect").inc()
         self._telemetry.log.warning("broker is back", open_requests=len(self._ledger))
-        self._apply(self._ledger.reconnected(self.now()))
+        now = self.now()
+        self._apply(self._ledger.reconnected(now), now)
 
-    def _apply(self, outputs: Iterable[Output]) -> None:
+    def _apply(self, outputs: Iterable[Output], now: float) -> None:
         """Moves the calls, in the order of the outputs."""
         for output in outputs:
             match output:
                 case Arrived():
-                    self._on_tokens(output)
+                    self._on_tokens(output, now)
                 case Ended():
                     self._on_end(output)
                 case Refused():
@@ -174,12 +176,11 @@ class MeshLink:
                 case _:
                     self._outbox.put(output)
 
-    def _on_tokens(self, arrived: Arrived) -> None:
+    def _on_tokens(self, arrived: Arrived, now: float) -> None:
         known = self._open.get(arrived.request_id)
         if known is None:
             return
         call, choice = known
-        now = self.now()
         if arrived.prompt_logprobs:
             choice.prompt_scores = arrived.prompt_logprobs
         if choice.hidden:
@@ -303,7 +304,8 @@ class MeshLink:
                 async with asyncio.timeout_at(deadline):
                     await self._rearm.wait()
             except TimeoutError:
-                self._apply(self._ledger.wake(self.now()))
+                now = self.now()
+                self._apply(self._ledger.wake(now), now)
                 self._metrics.follow(self._ledger.counts)
 
     def _record_returns(self, batch: TokenBatch, delivery: Delivery) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.gateway.calls import Call, Choice
+from services.gateway.gaps import GapHistogram, GapTally
 from services.gateway.metrics_vllm import VllmAliases
 from shared.telemetry.metrics import (
     LATENCY_SECONDS,
@@ -24,7 +25,8 @@ class GatewayMetrics:
     """All metrics of a gateway; `alias` holds the same under vLLM's names."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.alias = VllmAliases(registry)
+        self._gaps = GapTally()
+        self.alias = VllmAliases(registry, self._gaps)
         self._followed: Counts[str] = Counts()
         self.requests = Counter(
             "tranche_gateway_http_requests_total",
@@ -60,11 +62,11 @@ class GatewayMetrics:
             buckets=TOKEN_SECONDS,
             registry=registry,
         )
-        self.between_tokens = Histogram(
+        GapHistogram(
             "tranche_gateway_inter_token_seconds",
             "Between two arrivals of one choice, per token that arrived.",
-            buckets=TOKEN_SECONDS,
-            registry=registry,
+            self._gaps,
+            registry,
         )
         self.request_seconds = Histogram(
             "tranche_gateway_request_seconds",
@@ -86,6 +88,8 @@ class GatewayMetrics:
             registry=registry,
         )
         self._output_tokens_of = cache(self.output_tokens.labels)
+        self._arrived: Counts[tuple[str, str]] = Counts()
+        """(tenant, model) to the tokens that are not in the counters yet."""
         self.prompt_length = Histogram(
             "tranche_gateway_request_prompt_tokens",
             "Prompt length of a choice.",
@@ -123,13 +127,14 @@ class GatewayMetrics:
             buckets=MESSAGE_SECONDS,
             registry=registry,
         )
-        self.ledger = Counter(
+        self.runs = Counter(
             "tranche_gateway_token_runs_total",
             "Token runs by verdict (new, repeated, closed, parked, dropped, conflict, malformed, "
             "unknown), and protocol moves (asked, resumed, old_epoch).",
             ("verdict",),
             registry=registry,
         )
+        self._runs_of = cache(self.runs.labels)
 
     @classmethod
     def of(cls, registry: CollectorRegistry) -> "GatewayMetrics":
@@ -137,12 +142,16 @@ class GatewayMetrics:
         return metrics_for(registry, cls)
 
     def follow(self, counts: Mapping[str, int]) -> None:
-        """Brings the counter up to the ledger's own counts."""
+        """Brings the counters up to the ledger's own counts, and to the tokens that arrived."""
         for verdict, count in counts.items():
             grown = count - self._followed[verdict]
             if grown:
-                self.ledger.labels(verdict).inc(grown)
+                self._runs_of(verdict).inc(grown)
                 self._followed[verdict] = count
+        for (tenant, model), count in self._arrived.items():
+            self._output_tokens_of(tenant).inc(count)
+            self.alias.tokens(model, count)
+        self._arrived.clear()
 
     def accepted(self, call: Call, choices_per_prompt: int) -> None:
         """A call went to the mesh."""
@@ -150,18 +159,15 @@ class GatewayMetrics:
         self.alias.accepted(call, choices_per_prompt)
 
     def saw_tokens(self, call: Call, choice: Choice, count: int, now: float) -> None:
-        """Tokens of a choice arrived; the choice's times are kept here."""
-        self._output_tokens_of(call.tenant).inc(count)
-        self.alias.tokens(call.model, count)
+        """Tokens of a choice arrived; the choice's times are kept here. `follow` counts them."""
+        self._arrived[call.tenant, call.model] += count
         if choice.first_token_at is None:
             choice.first_token_at = now
             waited_s = now - call.received_at
             self.first_token.labels(call.endpoint).observe(waited_s)
             self.alias.first_token(call.model, waited_s)
         elif choice.last_token_at is not None:
-            gap_s = (now - choice.last_token_at) / count
-            self.between_tokens.observe(gap_s)
-            self.alias.between_tokens(call.model, gap_s)
+            self._gaps.observe(call.model, (now - choice.last_token_at) / count)
         choice.last_token_at = now
 
     def ended(self, call: Call, choice: Choice, reason: str) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from services.gateway.calls import Call, Choice
+from services.gateway.gaps import GapHistogram, GapTally
 from shared.telemetry.metrics import LATENCY_SECONDS, TOKEN_COUNTS, TOKEN_SECONDS
 
 LABELS = ("model_name", "engine")
@@ -19,7 +20,7 @@ CHOICE_COUNTS = (1, 2, 5, 10, 20)
 class VllmAliases:
     """Names as in vLLM's `/metrics`."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, gaps: GapTally) -> None:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry)
 
@@ -30,15 +31,14 @@ class VllmAliases:
         self._first_token = histogram(
             "time_to_first_token_seconds", "Time to first token.", LATENCY_SECONDS
         )
-        self._between_tokens = histogram(
-            "inter_token_latency_seconds", "Inter-token latency.", TOKEN_SECONDS
-        )
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Time per output token.", TOKEN_SECONDS
         )
-        self._per_token_old = histogram(
-            "time_per_output_token_seconds", "Older name of inter-token latency.", TOKEN_SECONDS
-        )
+        for name, text in (
+            ("inter_token_latency_seconds", "Inter-token latency."),
+            ("time_per_output_token_seconds", "Older name of inter-token latency."),
+        ):
+            GapHistogram(f"vllm:{name}", text, gaps, registry, LABELS, (ENGINE,))
         self._request = histogram(
             "e2e_request_latency_seconds", "End-to-end latency.", LATENCY_SECONDS
         )
@@ -52,7 +52,7 @@ class VllmAliases:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
         self._output_tokens = counter("generation_tokens", "Output tokens.")
         self._successes = counter("request_success", "Finished requests.", "finished_reason")
-        self._per_arrival = cache(self._children)
+        self._output_tokens_of = cache(self._output_tokens.labels)
 
     def accepted(self, call: Call, choices_per_prompt: int) -> None:
         """A call went to the mesh."""
@@ -67,21 +67,7 @@ class VllmAliases:
 
     def tokens(self, model: str, count: int) -> None:
         """Output tokens arrived."""
-        self._per_arrival(model)[0].inc(count)
-
-    def between_tokens(self, model: str, gap_s: float) -> None:
-        """Later tokens arrived."""
-        _, between_tokens, per_token_old = self._per_arrival(model)
-        between_tokens.observe(gap_s)
-        per_token_old.observe(gap_s)
-
-    def _children(self, model: str) -> tuple[Counter, Histogram, Histogram]:
-        """What each arrival of tokens touches; looking labels up costs more than counting."""
-        return (
-            self._output_tokens.labels(model, ENGINE),
-            self._between_tokens.labels(model, ENGINE),
-            self._per_token_old.labels(model, ENGINE),
-        )
+        self._output_tokens_of(model, ENGINE).inc(count)
 
     def call_ended(self, call: Call) -> None:
         """All choices of a call ended."""

@@ -83,7 +83,8 @@ class Record:
         verdict, arrived = self._join(run)
         if verdict == "new":
             self.heard_at, self.asked = now, 0
-            arrived += self._join_parked()
+            if self.parked:
+                arrived += self._join_parked()
             self.gap_since = now if self.parked else None
         return verdict, arrived
 
@@ -100,10 +101,10 @@ class Record:
     def _join(self, run: TokenRun) -> tuple[Verdict, list[Arrived]]:
         """Appends the new part of a run that starts at or before the end."""
         ids = unpack(run.ids)
-        known = self.position - run.position
-        if array("I", ids[:known]) != self.tokens[run.position : run.position + len(ids)]:
+        known = len(self.tokens) - run.position
+        if known and array("I", ids[:known]) != self.tokens[run.position : run.position + len(ids)]:
             return "conflict", []
-        new = tuple(ids[known:])
+        new = tuple(ids[known:] if known else ids)
         ends = run.finish_reason is not None and len(ids) >= known
         prompt_logprobs = () if self.prompt_scored else run.prompt_logprobs
         if not new and not ends and not prompt_logprobs:

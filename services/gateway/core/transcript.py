@@ -52,6 +52,7 @@ class Transcript:
         """Stop strings count only in text of tokens past `min_tokens`."""
         self._detokenizer = detokenizer
         self._finder = StopFinder(stops, include=include_stop)
+        self._unstoppable = not any(stops)
         self._min_tokens = min_tokens
         self._texts: list[str] = []
         self._token_ids: list[int] = []
@@ -129,7 +130,7 @@ class Transcript:
         if not piece:
             return False
         self._pushed_characters += len(piece)
-        if self.output_tokens <= self._min_tokens:
+        if self._unstoppable or self.output_tokens <= self._min_tokens:
             self._append(piece)
             return False
         released = self._finder.push(piece)
