@@ -17,9 +17,9 @@ from services.worker.sampling import LOGPROB_MIN
 from shared.memory import leased_blocks
 from shared.messages import RequestSpec, Sampling
 from shared.tokens import unpack
+from tests.worker.conformance.driver import Driver, leases
 from tests.worker.orders import GREEDY, make_batch, make_order, make_spec, run_to_end
 from tests.worker.reference import Agreement, Reference, edited, softmax
-from tests.worker.test_leased_engines import Driver, leases
 from tests.worker.tiny_models import BEGIN, END, VOCABULARY
 
 DRAWN = Sampling(temperature=1.0, seed=11)

@@ -73,39 +73,20 @@ def simulated(folder: Path, clock: Clock | None = None, **settings: object) -> E
     return make_simulated(loaded, clock or TestClock())
 
 
-def _makes(kind: str) -> Iterator[MakeEngine]:
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    """Makes a padded engine for a model folder, with other settings by name."""
     made: list[Engine] = []
 
     def make(folder: Path, **settings: object) -> Engine:
-        if kind == "simulated":
-            made.append(simulated(folder, **settings))
-        else:
-            defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": DEVICE}
-            loaded = WorkerSettings(model=str(folder), engine=kind, **{**defaults, **settings})
-            made.append(engine_maker(kind)(loaded))
+        defaults = {"kv_tokens": 8_000, "torch_threads": 1, "device": DEVICE}
+        loaded = WorkerSettings(model=str(folder), engine="padded", **{**defaults, **settings})
+        made.append(engine_maker("padded")(loaded))
         return made[-1]
 
     yield make
     for engine in made:
         engine.close()
-
-
-@pytest.fixture(params=["padded"])
-def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Makes an engine of each kind for a model folder, with other settings by name."""
-    yield from _makes(request.param)
-
-
-@pytest.fixture(params=["padded", "simulated"])
-def make_any_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """As `make_engine`, with the engines whose text means nothing."""
-    yield from _makes(request.param)
-
-
-@pytest.fixture(params=["simulated"])
-def make_leased_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """As `make_any_engine`, those that run leases."""
-    yield from _makes(request.param)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from shared.config import SetupError
 from shared.memory import leased_blocks
 from shared.messages import Sampling, TokenLogprobs
 from shared.tokens import count, pack
+from tests.worker.conformance.driver import Driver, leases
 from tests.worker.orders import GREEDY, make_batch, make_order, make_spec
-from tests.worker.test_leased_engines import Driver, leases
 
 VOCABULARY, END, BLOCK = 300, 0, 16
 DRAWN = Sampling(temperature=1.0, seed=11)

@@ -60,9 +60,9 @@ def tiny_qwen3(folder: Path, *, seed: int = 0) -> Path:
     return _write(folder, Qwen3Config(**_SHAPE, head_dim=32, tie_word_embeddings=True), seed)
 
 
-def tiny_mistral(folder: Path, *, seed: int = 0) -> Path:
+def tiny_mistral(folder: Path, *, seed: int = 0, window: int = 24) -> Path:
     """A Mistral whose layers all look back 24 tokens only."""
-    return _write(folder, MistralConfig(**_SHAPE, sliding_window=24, head_dim=32), seed)
+    return _write(folder, MistralConfig(**_SHAPE, sliding_window=window, head_dim=32), seed)
 
 
 def tiny_gemma(folder: Path, *, seed: int = 0) -> Path:

@@ -39,7 +39,9 @@ class _Layer:
         self.norm_in, self.eps = _norm(layer.input_layernorm)
         self.norm_mlp, _ = _norm(layer.post_attention_layernorm)
         self.scale = float(attention.scaling)
-        self.window = int(getattr(attention, "sliding_window", None) or 0)
+        # Mistral's layers have no window of their own: all look back as far as the config says.
+        of_model = getattr(attention.config, "sliding_window", None)
+        self.window = int(getattr(attention, "sliding_window", of_model) or 0)
         q_norm = getattr(attention, "q_norm", None)
         self.q_norm = _norm(q_norm)[0] if q_norm is not None else None
         k_norm = getattr(attention, "k_norm", None)

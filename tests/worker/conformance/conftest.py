@@ -37,6 +37,24 @@ def real_leased_kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     yield from _kit(request)
 
 
+@pytest.fixture(params=subjects(form="leased", sets_aside=True))
+def careful_kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    """Those that set KV aside for a whole lease."""
+    yield from _kit(request)
+
+
+@pytest.fixture(params=subjects(name="paged"))
+def paged_kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    """For what only this one has."""
+    yield from _kit(request)
+
+
+@pytest.fixture(params=subjects(form="closed", real_text=True))
+def real_closed_kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    """Those that run closed batches of a model's text."""
+    yield from _kit(request)
+
+
 @pytest.fixture(params=subjects(form="closed"))
 def closed_kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     """Those that run closed batches."""

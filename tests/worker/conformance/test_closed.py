@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from msgspec.structs import replace as changed
 
 from services.worker.engines.api import SliceEnd
@@ -43,10 +42,8 @@ def test_the_batch_is_no_longer_than_its_iterations(closed_kit: Kit, llama: Path
     assert (len(made.ids), made.finish_reason) == (3, None)
 
 
-def test_a_batch_ends_when_all_its_rows_have(closed_kit: Kit, llama: Path) -> None:
-    if not closed_kit.subject.real_text:
-        pytest.skip("its texts have ends of their own")
-    engine = closed_kit.make(llama)
+def test_a_batch_ends_when_all_its_rows_have(real_closed_kit: Kit, llama: Path) -> None:
+    engine = real_closed_kit.make(llama)
     prompt = some_prompts(1)[0]
     made = Made(make_spec("r", prompt, 20))
     run_batch(engine, make_batch(make_order(made.spec, 20)), {"r": made})

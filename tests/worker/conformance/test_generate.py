@@ -17,9 +17,9 @@ from shared.messages import RequestSpec
 from shared.tokens import unpack
 from tests.worker.conformance.driver import Driver, run_all, some_specs
 from tests.worker.conformance.subjects import Kit
-from tests.worker.orders import GREEDY, Made, make_order
+from tests.worker.orders import GREEDY, Made, make_order, make_spec
 from tests.worker.reference import Agreement, Reference
-from tests.worker.tiny_models import FAMILIES
+from tests.worker.tiny_models import BEGIN, FAMILIES, tiny_mistral
 
 LENGTH = 34
 UNLIMITED = 10_000
@@ -127,15 +127,21 @@ def life(kit: Kit, engines: list[Engine], reference: Reference, seed: int) -> No
 
 
 def test_other_paths_through_the_engine(
-    real_leased_kit: Kit, model_folders: dict[str, Path], references: dict[str, Reference]
+    paged_kit: Kit, model_folders: dict[str, Path], references: dict[str, Reference]
 ) -> None:
-    """Engine paged has two networks and may keep parked KV in host memory."""
-    if real_leased_kit.subject.name != "paged":
-        pytest.skip("it has one path only")
+    """It has two networks, and may keep parked KV in host memory."""
     small = {"kv_tokens": 160, "kv_host_tokens": 2_000}
     for settings in ({"fuse": False}, small, {"share_prefixes": False}, {"kv_block_tokens": 5}):
-        engine = real_leased_kit.make(model_folders["llama"], **settings)
-        life(real_leased_kit, [engine], references["llama"], seed=5)
+        engine = paged_kit.make(model_folders["llama"], **settings)
+        life(paged_kit, [engine], references["llama"], seed=5)
+
+
+def test_a_window_that_only_long_texts_reach(real_kit: Kit, tmp_path: Path) -> None:
+    """Longer than any prompt by which an engine may try itself when it loads a model."""
+    folder = tiny_mistral(tmp_path / "mistral", window=64)
+    specs = [make_spec(f"r{n}", [BEGIN, *range(n, n + 70)], LENGTH) for n in range(2)]
+    made = run_all(real_kit, real_kit.make(folder), specs, 16)
+    check(made, Reference(folder))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

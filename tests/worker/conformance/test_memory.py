@@ -6,8 +6,6 @@ beside it.
 
 from pathlib import Path
 
-import pytest
-
 from services.worker.models import load_model
 from shared.memory import leased_blocks
 from shared.tokens import count
@@ -18,10 +16,8 @@ from tests.worker.reference import Agreement, Reference
 from tests.worker.test_models import settings_for
 
 
-def test_memory_follows_every_order_at_once(leased_kit: Kit, llama: Path) -> None:
-    if not leased_kit.subject.sets_aside:
-        pytest.skip("its telemetry says what is filled, not what is set aside")
-    driver = Driver(leased_kit.make(llama), leased_kit.subject)
+def test_memory_follows_every_order_at_once(careful_kit: Kit, llama: Path) -> None:
+    driver = Driver(careful_kit.make(llama), careful_kit.subject)
     size = driver.engine.info.kv_block_tokens
     specs = some_specs(4, 3 * size)
     used = [driver.used_tokens]

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as changed
 
-from services.worker.engines.api import BadOrder, EngineError, OutOfMemory, StepReport
+from services.worker.engines.api import BadOrder, OutOfMemory, StepReport
 from services.worker.engines.registry import FORMS
 from shared.messages import RunSlice, SliceOrder
-from tests.worker.conformance.driver import Driver, leases, run_all, some_specs
+from tests.worker.conformance.driver import Driver, leases, run_all
 from tests.worker.conformance.subjects import Kit
-from tests.worker.orders import make_batch, make_order, make_spec, run_batch
+from tests.worker.orders import GREEDY, make_batch, make_order, make_spec, run_batch
 from tests.worker.tiny_models import BEGIN, VOCABULARY
 
 GOOD = make_order(make_spec("good"), 16)
@@ -103,13 +104,11 @@ def test_a_lease_that_never_fits_is_refused(leased_kit: Kit, llama: Path) -> Non
 
 
 def test_leases_that_do_not_fit_together_leave_who_is_there_alone(
-    leased_kit: Kit, llama: Path
+    careful_kit: Kit, llama: Path
 ) -> None:
-    if not leased_kit.subject.sets_aside:
-        pytest.skip("it sets nothing aside: it evicts where its memory is full")
-    engine = leased_kit.make(llama, **blocks(leased_kit, 6, llama))
+    engine = careful_kit.make(llama, **blocks(careful_kit, 6, llama))
     size = engine.info.kv_block_tokens
-    driver = Driver(engine, leased_kit.subject)
+    driver = Driver(engine, careful_kit.subject)
     specs = [make_spec(f"r{n}", [BEGIN, n] * (size // 2), 4 * size) for n in range(4)]
     driver.start(make_order(specs[0], size))
     driver.until_made("r0", 3)
@@ -135,7 +134,8 @@ def test_more_credit_than_memory_ends_leases_early_with_their_tokens(
     engine = leased_kit.make(llama, **blocks(leased_kit, 6, llama))
     size = engine.info.kv_block_tokens
     driver = Driver(engine, leased_kit.subject)
-    specs = [make_spec(f"r{n}", [BEGIN, n], 3 * size) for n in range(3)]
+    endless = changed(GREEDY, ignore_eos=True)
+    specs = [make_spec(f"r{n}", [BEGIN, n], 3 * size, endless) for n in range(3)]
     driver.start(*(make_order(spec, 2 * size - 1) for spec in specs))
     driver.rest()
     assert driver.left == [], "3 requests of 2 blocks each fit"
@@ -170,17 +170,3 @@ def test_more_credit_than_memory_ends_leases_early_with_their_tokens(
         driver.run(size)
     assert [len(made.ids) for made in driver.made.values()] == [3 * size] * 3
     driver.assert_empty()
-
-
-def test_forms_do_not_run_beside_each_other(leased_kit: Kit, llama: Path) -> None:
-    engine = leased_kit.make(llama)
-    if "closed" not in engine.info.forms:
-        pytest.skip("it runs no closed batches")
-    first, second = some_specs(2)
-    driver = Driver(engine, leased_kit.subject)
-    driver.start(make_order(first, 5))
-    with pytest.raises(EngineError, match="leases are held"):
-        engine.start(make_batch(make_order(second, 5)))
-    driver.cancel("r0")
-    driver.rest()
-    run_batch(engine, make_batch(make_order(second, 5)))
