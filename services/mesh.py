@@ -6,6 +6,7 @@ gateway drains first, while there are still workers for the requests it holds; t
 """
 
 import asyncio
+import importlib
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from services.estimator.settings import EstimatorSettings
 from services.gateway.settings import GatewaySettings
+from services.gateway.tokenizer import import_tokenizers
 from services.mesh_settings import MeshSettings
 from services.options import Settings, complaints
 from services.process import run_until_signalled, serve_one
@@ -39,6 +41,11 @@ SIMULATED_ONLY = ("profile", "simulated_lengths", "simulated_speed")
 """Settings of the worker that mean something to one engine only."""
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
+USUAL_POLICIES = ("past-future", "scls")
+USUAL_ENGINES = ("paged", "padded")
+"""The first that goes with an engine's, or a policy's, form of slices."""
+KV_SHARE_OF_ALL = 0.5
+"""Of the free memory, for the KV of all workers of this process, where they are many."""
 
 LOADING = (
     "Tranche starts: loading the model {model}; this takes a few seconds, large models longer."
@@ -96,6 +103,7 @@ async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], Non
     `on_ready` is called as soon as the gateway answers and every worker has its model. Raises what
     a service raises, in an ExceptionGroup.
     """
+    await asyncio.to_thread(_import_all, mesh)
     registry = CollectorRegistry()
     stop_backstage = asyncio.Event()
     backstage: tuple[ServiceSettings, ...] = (mesh.estimator, mesh.scheduler, *mesh.workers)
@@ -107,6 +115,15 @@ async def serve_mesh(mesh: Mesh, stop: asyncio.Event, on_ready: Callable[[], Non
         await asyncio.wait((serving,))
         announcing.cancel()
         stop_backstage.set()
+
+
+def _import_all(mesh: Mesh) -> None:
+    """Import what services would import at the same time in threads of their own: transformers
+    fills its modules on demand, and two threads can meet in one that is half full."""
+    for engine in {worker.engine for worker in mesh.workers} - {"simulated"}:
+        if engine in FORMS:
+            importlib.import_module(f"services.worker.engines.{engine}")
+    import_tokenizers()
 
 
 def plan(settings: MeshSettings) -> Mesh:
@@ -123,11 +140,14 @@ def plan(settings: MeshSettings) -> Mesh:
     }
     model = checked_model(settings.model)
     history: dict[str, Any] = {}
-    of_worker = ("engine", "torch_threads", *SIMULATED_ONLY)
+    of_worker = ("engine", "torch_threads", "kv_memory_share", *SIMULATED_ONLY)
     threads = max(1, (os.cpu_count() or 1) // settings.workers)
     if "TRANCHE_WORKER_TORCH_THREADS" not in os.environ:
         told["torch_threads"] = threads
+    _match(told)
     engine = str(told.get("engine") or os.environ.get("TRANCHE_WORKER_ENGINE", ""))
+    if settings.workers > 2 and "TRANCHE_WORKER_KV_MEMORY_SHARE" not in os.environ:
+        told["kv_memory_share"] = KV_SHARE_OF_ALL / settings.workers
     pretended = engine == "simulated"
     if not pretended and (unused := _some(told, *SIMULATED_ONLY)):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
@@ -153,6 +173,19 @@ def plan(settings: MeshSettings) -> Mesh:
     )
     check_forms(mesh.scheduler.preset(), mesh.workers[0].engine)
     return mesh
+
+
+def _match(told: dict[str, Any]) -> None:
+    """Where only the policy or only the engine was chosen: the usual one of the other kind that
+    goes with it."""
+    policy = told.get("policy") or os.environ.get("TRANCHE_SCHEDULER_POLICY")
+    engine = told.get("engine") or os.environ.get("TRANCHE_WORKER_ENGINE")
+    if engine in FORMS and not policy:
+        told["policy"] = next(p for p in USUAL_POLICIES if PRESETS[p].form in FORMS[engine])
+    name = str(policy or "").partition("+")[0]
+    preset = PRESETS.get(str(policy or "")) or PRESETS.get(name)
+    if preset is not None and not engine:
+        told["engine"] = next(e for e in USUAL_ENGINES if preset.form in FORMS[e])
 
 
 def check_forms(preset: Preset, engine: str) -> None:

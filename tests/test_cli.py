@@ -166,7 +166,7 @@ def test_a_service_of_its_own_needs_a_broker(tranche: Tranche) -> None:
         (("--engine", "no-such-engine"), ("no-such-engine", "padded")),
         (
             ("--engine", "padded", "--policy", "past-future"),
-            ("past-future", "leased", "padded", "--engine simulated", "--policy", "scls"),
+            ("past-future", "leased", "padded", "--engine paged", "--policy", "scls"),
         ),
         (("--engine", "simulated", "--profile", "abacus"), ("--profile", "abacus", "a100")),
         (("--engine", "simulated", "--simulated-lengths", "no.csv"), ("no.csv", "output_tokens")),

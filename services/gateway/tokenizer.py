@@ -86,17 +86,23 @@ class ModelText:
         return text.encode()
 
 
+def import_tokenizers() -> Any:
+    """transformers' AutoTokenizer. On demand: its import takes seconds, and only a running gateway
+    needs it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def load_model_text(model: str, name: str) -> ModelText:
     """Reads the tokenizer and configuration of a folder or hub id. Raises SetupError.
 
     `name`: what clients call it.
     """
-    # On demand: importing transformers takes seconds, and only a running gateway needs it.
-    from transformers import AutoTokenizer
-
+    auto_tokenizer = import_tokenizers()
     adopt_logger("transformers")
     try:
-        loaded = AutoTokenizer.from_pretrained(model, trust_remote_code=False, use_fast=True)
+        loaded = auto_tokenizer.from_pretrained(model, trust_remote_code=False, use_fast=True)
         backend = loaded.backend_tokenizer
     except Exception as error:
         raise SetupError(

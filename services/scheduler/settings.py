@@ -30,7 +30,7 @@ class SchedulerSettings(ServiceSettings):
     service: ClassVar[str] = "scheduler"
 
     policy: str = Field(
-        default="scls",
+        default="past-future",
         description=f"Preset: {', '.join(n for n, row in PRESETS.items() if not row.needs_truth)}.",
     )
     slice_tokens: int = Field(default=64, ge=1)

@@ -27,8 +27,9 @@ class WorkerSettings(ServiceSettings):
     """What requests call it; empty: the folder's own name, or the hub id."""
     revision: str = ""
     """A branch, tag or commit of a hub model; empty: the default branch."""
-    engine: str = "padded"
-    """What runs the slices: padded, or simulated (no model: a cost profile says how long all takes,
+    engine: str = "paged"
+    """What runs the slices: paged (continuous batching, leases), padded (closed batches), vllm (its
+    own environment), or simulated (no model: a cost profile says how long all takes,
     and the text is nonsense)."""
     device: Device = "auto"
     """auto: CUDA where there is one."""
