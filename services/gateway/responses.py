@@ -55,6 +55,8 @@ class CallResponse(Response):
         self._write_timeout_s = write_timeout_s
         self._on_end = on_end
         self._gone = False
+        self._over = False
+        """All is written, or given up: who goes away now goes in peace."""
         self._started = False
         self._silent = False
         """Nothing was written for so long that a sign of life is due."""
@@ -69,8 +71,10 @@ class CallResponse(Response):
         try:
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(self._watch(receive))
+                # A task of its own, so that not every token wakes all the layers around this one.
+                answering = tasks.create_task(self._answer(scope, receive, send))
                 try:
-                    status = await self._answer(scope, receive, send)
+                    status = await answering
                 finally:
                     watching.cancel()
         finally:
@@ -96,6 +100,7 @@ class CallResponse(Response):
             self._gone = True  # the connection is of no use any more
             return 499
         finally:
+            self._over = True
             timer.cancel()
 
     def _look(self, now: float, task: "asyncio.Task[object]") -> float:
@@ -117,8 +122,9 @@ class CallResponse(Response):
         """Notices that the client went away."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        self._call.changed.set()
+        if not self._over:
+            self._gone = True
+            self._call.changed.set()
 
     async def _write_whole(self, send: Send) -> int:
         while not self._call.finished and self._call.error is None:
