@@ -227,8 +227,8 @@ class EngineThread:
     def _change_leases(
         self, engine: Engine, renewals: dict[str, tuple[int, int]], parks: dict[str, int]
     ) -> None:
-        if not isinstance(engine, LeasedEngine):
-            return
+        if not (renewals or parks) or not isinstance(engine, LeasedEngine):
+            return  # the second question is dear: it is about a protocol
         for request_id, (attempt, until) in renewals.items():
             if self._leases.get(request_id) == attempt:
                 engine.renew(request_id, until)

@@ -4,8 +4,10 @@ Theory of operation. Every member is a worker of its own to the scheduler: it ha
 memory and beats. What they share is the way to the broker: one bus, one queue (a binding with a
 wildcard takes in the orders of all), and one clock that ticks every `TICK_S`. At a tick every
 member that is due takes its turn. The tokens of all go out together, one message per gateway and
-tick, and not more than one under way; the beats of all are one message; results go one by one, as
-they come. Since a message of tokens has many makers, gateways acknowledge ends to the host.
+tick, and not more than one under way; the beats of all are one message. Results go one by one, in
+order for each member, some lines of them side by side. A beat that lists what a member holds must
+not overtake that member's results, so it goes behind them if any wait. Since a message of tokens
+has many makers, gateways acknowledge ends to the host.
 """
 
 import asyncio
@@ -43,6 +45,8 @@ from shared.tokens import count
 
 TICK_S = 0.1
 """Tokens are held back this long at most; a member's engine starts nothing sooner."""
+LINES = 16
+"""Results under way to the scheduler at once; a confirm takes milliseconds."""
 TOKENS_DEADLINE_S = 10.0
 """As of a plain worker."""
 ENDS_MAX = 50_000
@@ -89,13 +93,16 @@ class Host:
         self._log = telemetry.log.bind(worker=settings.name)
         self._metrics = metrics_for(telemetry.registry, WorkerMetrics)
         self._loop = asyncio.get_running_loop()
-        self._line = SchedulerLine(bus, self._host, self._log, self._on_error)
+        self._beat_line, *self._lines = (
+            SchedulerLine(bus, self._host, self._log, self._on_error) for _ in range(1 + LINES)
+        )
         numbers = range(1, settings.pretend_workers + 1)
         ids = {number: hosted_worker(self._host, number) for number in numbers}
         self._members = {
             worker: Member(worker, hosted_worker(settings.name, number), settings, TICK_S)
             for number, worker in ids.items()
         }
+        self._line_of = {worker: self._lines[number % LINES] for number, worker in ids.items()}
         self._tokens: defaultdict[str, list[tuple[Member, TokenBatch]]] = defaultdict(list)
         """Gateway to what waits for it."""
         self._under_way: set[str] = set()
@@ -114,10 +121,14 @@ class Host:
         stopping = asyncio.ensure_future(self._stop_when(stop))
         try:
             async with asyncio.TaskGroup() as tasks:
-                sending = tasks.create_task(self._line.run())
+                every = (*self._lines, self._beat_line)
+                sending = [tasks.create_task(line.run()) for line in every]
                 await self._tick_until_left(tasks)
-                await self._line.flush()
-                sending.cancel()
+                await asyncio.gather(*(line.flush() for line in self._lines))
+                self._say_beats()
+                await self._beat_line.flush()
+                for task in sending:
+                    task.cancel()
         finally:
             stopping.cancel()
             self.ready = False
@@ -183,8 +194,7 @@ class Host:
         for gateway in [g for g in self._tokens if g not in self._under_way]:
             self._under_way.add(gateway)
             tasks.create_task(self._send_tokens(gateway, self._tokens.pop(gateway)))
-        beat_due = now - self._beats_at >= BEAT_S and self._line.idle
-        if beat_due or not self._members:
+        if now - self._beats_at >= BEAT_S and self._beat_line.idle:
             self._beats_at = now
             self._say_beats()
             self._show_memory()
@@ -198,18 +208,21 @@ class Host:
                     self._note_tokens(member, message)
                 case SliceDone():
                     self._note_result(message)
-                    # What it listed is true only before this result.
-                    held_back = self._beats.get(member.worker)
-                    if held_back is not None and held_back.residents_listed:
-                        self._say_beats()
-                    self._line.put_result(message)
+                    self._line_of[member.worker].put_result(message)
                 case WorkerBeat():
-                    self._beats[member.worker] = _newest(self._beats.get(member.worker), message)
+                    self._take_beat(member, message)
+
+    def _take_beat(self, member: Member, beat: WorkerBeat) -> None:
+        line = self._line_of[member.worker]
+        if beat.residents_listed and not line.idle:
+            line.put_beats(WorkerBeats(host=self._host, beats=(beat,)))
+        else:
+            self._beats[member.worker] = _newest(self._beats.get(member.worker), beat)
 
     def _say_beats(self) -> None:
         if self._beats:
             beats, self._beats = tuple(self._beats.values()), {}
-            self._line.put_beats(WorkerBeats(host=self._host, beats=beats))
+            self._beat_line.put_beats(WorkerBeats(host=self._host, beats=beats))
 
     async def _send_tokens(self, gateway: str, waiting: list[tuple[Member, TokenBatch]]) -> None:
         """All members' tokens for one gateway, in one message."""

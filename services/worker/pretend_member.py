@@ -61,6 +61,8 @@ class Member:
         """Its engine's next iterations, and whatever of its core is due."""
         if self._turns.has_news or self._engine_at <= now:
             self._turns.turn(self._engine)
+            at = self._engine.next_tokens_at()
+            self._engine_at = math.inf if at is None else self._clock.real_s(at)
         out = self._take_reports(now)
         if (self._core.deadline() or now) <= now:
             out += self._perform(self._core.wake(now))
@@ -81,8 +83,6 @@ class Member:
         elif self._turns.has_news:
             self.due_at = now
         else:
-            at = self._engine.next_tokens_at()
-            self._engine_at = math.inf if at is None else self._clock.real_s(at)
             self.due_at = min(deadline, self._engine_at)
 
     def _on_report(self, report: Report) -> None:
