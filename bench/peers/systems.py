@@ -122,9 +122,9 @@ def _launch_llama(system: System, place: Place, tree: Tree) -> Server:
     port = free_port()
     gguf = gguf_file(place.model, place.peers / "llama")
     command = [str(place.peers / "llama/build/bin/llama-server"), "-m", str(gguf)]
-    # -c is divided by -np: 1024 tokens for each, which the longest prompt and output just fill.
+    # -c is divided by -np, and each part is a multiple of 256: more than the longest needs (1024).
     slots = 32
-    command += ["--host", HOST, "--port", str(port), "-np", str(slots), "-c", str(slots * 1040)]
+    command += ["--host", HOST, "--port", str(port), "-np", str(slots), "-c", str(slots * 1280)]
     command += ["-t", "1", "-tb", "1", "--no-ui", "--offline"]
     tree.spawn("llama", command)
     return Server(system.name, tree, port, "peers", EXACT)
@@ -193,7 +193,7 @@ SYSTEMS = {
             "llama.cpp's llama-server",
             _launch_llama,
             parts=("llama/build/bin/llama-server", "llama/convert"),
-            settings="GGUF f32, -t 1 -tb 1 -np 32 -c 33280",
+            settings="GGUF f32, -t 1 -tb 1 -np 32 -c 40960",
             version=_llama_version,
         ),
         System(
