@@ -62,8 +62,8 @@ compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 
 engine-vllm-test: ## the engine vllm on the real vLLM (CPU build, in an environment of its own, VLLM_VENV)
 	@deploy/setup/vllm.sh
-	@OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default -o timeout=600 \
-	  -p no:cacheprovider $(PYTEST_ARGS) deploy/vllm_test
+	@TRANCHE_TEST_ENGINES=vllm OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider \
+	  -o filterwarnings=default -o timeout=600 $(PYTEST_ARGS) deploy/vllm_test tests/worker/conformance
 
 setup-serve:
 	@deploy/setup/venv.sh serve

@@ -1,4 +1,4 @@
-"""Tiny models that vLLM's CPU kernels take, and engines on them, each made once per session."""
+"""A tiny model and engines on it, each made once per session."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,48 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-)
 
 from services.worker.engines.vllm import VllmEngine, engine_on
 from services.worker.engines.vllm_core import VllmCore
 from services.worker.settings import WorkerSettings
 from tests.worker.reference import Reference
-from tests.worker.tiny_models import BEGIN, END, PAD, VOCABULARY, byte_tokenizer
+from tests.worker.tiny_models import tiny_llama
 
-_SPECIAL = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
-_SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    **_SPECIAL,
-}
-"""vLLM's attention on the CPU begins at heads of 32; those of tests/worker's models are smaller."""
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SHAPE, tie_word_embeddings=False),
-    "qwen2": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
-    "mistral": MistralConfig(**_SHAPE, sliding_window=64, head_dim=32),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=128,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        initializer_range=0.15,
-        **_SPECIAL,
-    ),
-}
 KV_TOKENS = 4_096
 
 
@@ -70,21 +35,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with a tiny model of every family."""
-    root = tmp_path_factory.mktemp("models")
-    for name, config in CONFIGS.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
-    return {name: root / name for name in CONFIGS}
-
-
-@pytest.fixture(scope="session")
-def llama(model_folders: dict[str, Path]) -> Path:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama."""
-    return model_folders["llama"]
+    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="session")

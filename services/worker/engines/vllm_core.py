@@ -6,8 +6,9 @@ from the next step on, and the scheduler's KV blocks can be read. Models are rea
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,9 @@ ENVIRONMENT = {
 BLOCK_TOKENS_CPU = 32
 """vLLM's attention on the CPU takes multiples of 32; elsewhere 16 is its own choice."""
 BLOCK_TOKENS = 16
+ALONE = threading.RLock()
+"""vLLM keeps the iteration that runs, and its process groups, in globals: where one process holds
+several (workers of `tranche serve`, say), they take turns."""
 SEQUENCES_MAX = 256
 """In one iteration, where batch_size_max sets no limit; more wait inside vLLM."""
 
@@ -53,6 +57,9 @@ class CoreTokens:
 class VllmCore:
     """Requests in, tokens out. All calls come from one thread."""
 
+    living = 0
+    """How many this process holds."""
+
     def __init__(self, settings: WorkerSettings) -> None:
         """Loads the model. Raises ModelError, or SetupError if there is no vLLM."""
         self.config: ModelConfig = read_config(settings)
@@ -62,7 +69,9 @@ class VllmCore:
             set_threads(settings.torch_threads)
         self.device = pick_device(settings.device)
         try:
-            self._load(settings)
+            with ALONE:
+                self._load(settings)
+                VllmCore.living += 1
         except ImportError as error:
             raise SetupError(
                 f"engine vllm needs vLLM ({error}); see docs/vllm.md for its environment"
@@ -95,6 +104,7 @@ class VllmCore:
         self._silent: set[str] = set()
         """Keys of those of which nothing was heard yet: their prompts are being read."""
         self._prefill_first = False
+        self._compiles = settings.vllm_compile
         self._iteration_tokens_max: int = self._scheduler.max_num_scheduled_tokens
         self._measure_cache(settings)
         self.dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
@@ -152,10 +162,15 @@ class VllmCore:
 
     def step(self) -> list[CoreTokens]:
         """One iteration. Requests whose prompt is not read to its end have no tokens yet."""
-        with self._decodes_held():
+        with ALONE, self._stance(), self._decodes_held():
             outputs = self._engine.step()
         self._look_for_preemptions()
         return [self._tokens_of(output) for output in outputs]
+
+    def _stance(self) -> AbstractContextManager[Any]:
+        """Small functions of vLLM compile themselves at their first use, in the middle of serving:
+        half a minute for the first prompt that is scored. Only who asked for it may compile."""
+        return nullcontext() if self._compiles else torch.compiler.set_stance("force_eager")
 
     @contextmanager
     def _decodes_held(self) -> Iterator[None]:
@@ -207,8 +222,16 @@ class VllmCore:
         return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
 
     def close(self) -> None:
-        """Free the model and the cache."""
-        self._engine.engine_core.shutdown()
+        """Free the model and the cache; the last one also what vLLM has in common for all."""
+        client = self._engine.engine_core
+        with ALONE:
+            VllmCore.living -= 1
+            if VllmCore.living:
+                client._finalizer.detach()
+                client.engine_core.model_executor.shutdown()
+                self._scheduler.shutdown()
+            else:
+                client.shutdown()
         del self._engine, self._scheduler
 
 
