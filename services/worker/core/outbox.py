@@ -14,7 +14,7 @@ from services.worker.engines.api import StepTokens
 from shared.messages import TokenBatch, TokenRun
 from shared.tokens import pack
 
-COALESCE_S = 0.025
+COALESCE_S = 0.03
 """A token is held back this long at most; a reader does not notice, the broker does."""
 RETRY_S = 0.5
 """After a failed sending."""

@@ -6,7 +6,8 @@ Where no kernel fits (other devices or number types) rows are gathered, too: slo
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +38,19 @@ class Attention(Protocol):
         """query [rows, heads, size], keys and values [rows, kv_heads, size], already rotated;
         answers [rows, heads, value size]. `window`: a row sees at most so many tokens (0: all);
         `cap`: softcap of the scores (0: none)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What makes queries and keys of one layer's products: NumPy arrays, float32."""
+
+    q_norm: Any
+    """[size], or [0]: no norm."""
+    k_norm: Any
+    eps: Any
+    cos: Any
+    """[positions, rotated size]."""
+    sin: Any
 
 
 class GatheringAttention:
@@ -116,12 +130,55 @@ class KernelAttention:
         self._kernels.write_kv(
             k.numpy(), v.numpy(), now.slots, stored.keys_view, stored.values_view
         )
+        out = self._attend(layer, q.flatten(1).numpy(), q, k, v, scale, window, cap)
+        return out.to(query.dtype)
+
+    def attend_joined(
+        self, layer: int, qkv: Tensor, heads: int, rotation: Rotation, scale: float, window: int
+    ) -> Tensor:
+        """Queries, keys and values in one [rows, (heads + 2 kv_heads) x size], neither normed nor
+        rotated; float32. They are changed in place."""
+        now, stored = self._now, self._cache.layers[layer]
+        assert now is not None
+        joined = qkv.numpy()
+        self._kernels.prepare(
+            joined,
+            heads,
+            rotation.q_norm,
+            rotation.k_norm,
+            rotation.eps,
+            now.positions,
+            rotation.cos,
+            rotation.sin,
+            now.slots,
+            stored.keys_view,
+            stored.values_view,
+        )
+        parts = qkv.view(len(qkv), -1, stored.keys.shape[2])
+        kv_heads = stored.keys.shape[1]
+        q, k, v = parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, -kv_heads:]
+        return self._attend(layer, joined, q, k, v, scale, window, 0.0)
+
+    def _attend(
+        self,
+        layer: int,
+        flat: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int,
+        cap: float,
+    ) -> Tensor:
+        """Over KV that is written already. flat: the queries, [rows, heads x size or more]."""
+        now, stored = self._now, self._cache.layers[layer]
+        assert now is not None
         rows, heads, size = q.shape
-        out = q.new_empty((rows, heads, v.shape[2]))
+        out = torch.empty((rows, heads, v.shape[2]))
         if now.single:
             kernel = self._kernels.attention(heads // k.shape[1], size, v.shape[2])
             fixed = (
-                q.numpy(),
+                flat,
                 stored.keys_view,
                 stored.values_view,
                 self._cache.block_tokens,
@@ -142,7 +199,7 @@ class KernelAttention:
             out[chunk.begin : chunk.end] = attend_chunk(
                 self._cache, layer, now, chunk, q, k, v, scale, window, cap
             )
-        return out.to(query.dtype)
+        return out
 
 
 def attend_chunk(

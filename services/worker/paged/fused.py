@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from services.worker.models import LoadedModel
 from services.worker.paged import kernels
-from services.worker.paged.attention import Attention
+from services.worker.paged.attention import Attention, KernelAttention, Rotation
 from services.worker.paged.iteration import Iteration
 from services.worker.paged.linears import can_pack, pack
 
@@ -30,7 +30,7 @@ class Unfit(Exception):
 class _Layer:
     """Weights of one decoder layer."""
 
-    def __init__(self, layer: Any, heads: int, kv_heads: int, size: int, *, int8: bool) -> None:
+    def __init__(self, layer: Any, angles: tuple[Any, Any], *, int8: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj), int8)
         self.out = _joined((attention.o_proj,), int8)
@@ -43,12 +43,15 @@ class _Layer:
         of_model = getattr(attention.config, "sliding_window", None)
         self.window = int(getattr(attention, "sliding_window", of_model) or 0)
         q_norm = getattr(attention, "q_norm", None)
-        self.q_norm = _norm(q_norm)[0] if q_norm is not None else None
         k_norm = getattr(attention, "k_norm", None)
-        self.k_norm = _norm(k_norm)[0] if k_norm is not None else None
-        if (self.q_norm is None) != (self.k_norm is None):
-            raise Unfit("only queries or only keys are normed")
-        self.q_size, self.kv_size = heads * size, kv_heads * size
+        none = np.empty(0, np.float32)
+        self.rotation = Rotation(
+            q_norm=none if q_norm is None else _norm(q_norm)[0],
+            k_norm=none if k_norm is None else _norm(k_norm)[0],
+            eps=self.eps,
+            cos=angles[0],
+            sin=angles[1],
+        )
 
 
 class FusedNetwork:
@@ -64,20 +67,18 @@ class FusedNetwork:
             raise Unfit(f"model type {config.model_type}")
         if config.hidden_act != "silu":
             raise Unfit(f"activation {config.hidden_act}")
+        if any(shape.key_size != shape.value_size for shape in model.kv_shapes):
+            raise Unfit("keys and values of different sizes")
         body = network.model
         if not can_pack(network.lm_head.weight):
             raise Unfit(f"{model.dtype} on {model.device}")
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._size = body.layers[0].self_attn.head_dim
+        self._heads = config.num_attention_heads
         self._dtype = model.dtype
         self._embedding = body.embed_tokens.weight.detach()
-        self._layers = [
-            _Layer(layer, self._heads, self._kv_heads, self._size, int8=int8)
-            for layer in body.layers
-        ]
+        angles = _angles(body.rotary_emb, config, model.context_tokens_max)
+        self._layers = [_Layer(layer, angles, int8=int8) for layer in body.layers]
         self._norm, self._eps = _norm(body.norm)
         self._head = pack(network.lm_head.weight, network.lm_head.bias, int8=int8)
-        self._cos, self._sin = _angles(body.rotary_emb, config, model.context_tokens_max)
 
     def strip(self, model: LoadedModel) -> None:
         """Free what the untouched model holds twice."""
@@ -87,6 +88,7 @@ class FusedNetwork:
 
     def forward(self, iteration: Iteration, attention: Attention) -> Tensor:
         """See Network."""
+        assert isinstance(attention, KernelAttention)
         attention.begin(iteration)
         ids = torch.from_numpy(iteration.ids)
         x = self._embedding[ids].float()
@@ -96,7 +98,11 @@ class FusedNetwork:
         last = len(self._layers) - 1
         kernels.normalize(stream, self._layers[0].norm_in, self._layers[0].eps, h.numpy())
         for index, layer in enumerate(self._layers):
-            mixed = self._product(layer.out, self._attend(index, layer, h, iteration, attention))
+            qkv = self._product(layer.qkv, h)
+            found = attention.attend_joined(
+                index, qkv, self._heads, layer.rotation, layer.scale, layer.window
+            )
+            mixed = self._product(layer.out, found.view(rows, -1))
             kernels.add_and_normalize(stream, mixed.numpy(), layer.norm_mlp, layer.eps, h.numpy())
             both = self._product(layer.gate_up, h)
             inner = torch.empty((rows, both.shape[1] // 2))
@@ -106,31 +112,11 @@ class FusedNetwork:
             kernels.add_and_normalize(stream, made.numpy(), following, layer.eps, h.numpy())
         return self._product(self._head, h[torch.from_numpy(iteration.wanted)])
 
-    def _attend(
-        self, index: int, layer: _Layer, h: Tensor, now: Iteration, attention: Attention
-    ) -> Tensor:
-        size, heads, kv_heads = self._size, self._heads, self._kv_heads
-        qkv = self._product(layer.qkv, h)
-        q, k, v = torch.split(qkv, [layer.q_size, layer.kv_size, layer.kv_size], dim=1)
-        q, k = q.contiguous(), k.contiguous()
-        for part, count, weight in ((q, heads, layer.q_norm), (k, kv_heads, layer.k_norm)):
-            flat = part.numpy()
-            if weight is not None:
-                kernels.normalize_heads(flat, count, size, weight, layer.eps)
-            kernels.rotate(flat, count, size, now.positions, self._cos, self._sin)
-        found = attention.attend(
-            index,
-            q.view(-1, heads, size),
-            k.view(-1, kv_heads, size),
-            v.reshape(-1, kv_heads, size),
-            scale=layer.scale,
-            window=layer.window,
-        )
-        return found.view(-1, heads * size)
-
     def _product(self, linear: nn.Module, x: Tensor) -> Tensor:
-        found: Tensor = linear(x if self._dtype == torch.float32 else x.to(self._dtype))
-        return found.float()
+        # `forward` at once: nn.Module's call costs as much as a small kernel.
+        if self._dtype == torch.float32:
+            return linear.forward(x)  # type: ignore[no-any-return]
+        return linear.forward(x.to(self._dtype)).float()  # type: ignore[no-any-return]
 
 
 def _joined(linears: tuple[Any, ...], int8: bool) -> nn.Module:

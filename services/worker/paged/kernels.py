@@ -75,8 +75,8 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
     """attend(q, keys, values, block_tokens, tables, seats, contexts, window, scale, cap, out,
     begin, end).
 
-    q: [rows, heads, key_size] float32; keys, values: [slots, kv_heads, size]; tables: [seats,
-    blocks] int32; seats, contexts: [rows] int32: whose blocks a row reads, and how many tokens of
+    q: [rows, heads x key_size or more] float32; keys, values: [slots, kv_heads, size]; tables:
+    [seats, blocks] int32; seats, contexts: [rows] int32: whose blocks a row reads, and how many tokens of
     them, its own the last; window: at most so many of these, 0: all; cap: softcap of scores, 0:
     none; out: [rows, heads, value_size]. Rows begin..end are done.
     """
@@ -100,9 +100,10 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                 slot = table[j // block_tokens] * block_tokens + j % block_tokens
                 for head in range(kv_heads):
                     for g in range(group):
+                        at = (head * group + g) * key_size
                         s = F32(0)
                         for d in range(key_size):
-                            s += q[row, head * group + g, d] * _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
+                            s += q[row, at + d] * _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
                         scores[head * group + g, j] = s * scale
             for head in range(heads):
                 if cap > 0:
@@ -150,32 +151,52 @@ def write_kv(k, v, slots, keys, values):  # type: ignore[no-untyped-def]
 
 
 @njit(**_OPTIONS)
-def normalize_heads(x, heads, size, weight, eps):  # type: ignore[no-untyped-def]
-    """RMS norm of each of the first `heads` vectors of `size` in every row of x, in place."""
-    for row in range(x.shape[0]):
-        for head in range(heads):
-            at = head * size
-            total = F32(0)
-            for d in range(size):
-                total += x[row, at + d] * x[row, at + d]
-            by = F32(1) / np.sqrt(total / F32(size) + eps)
-            for d in range(size):
-                x[row, at + d] = x[row, at + d] * by * weight[d]
+def _normalize_at(x, row, at, size, weight, eps):  # type: ignore[no-untyped-def]
+    total = F32(0)
+    for d in range(size):
+        total += x[row, at + d] * x[row, at + d]
+    by = F32(1) / np.sqrt(total / F32(size) + eps)
+    for d in range(size):
+        x[row, at + d] = x[row, at + d] * by * weight[d]
 
 
 @njit(**_OPTIONS)
-def rotate(x, heads, size, positions, cos, sin):  # type: ignore[no-untyped-def]
-    """Rotary embedding of the first `heads` vectors of `size` in every row of x, in place. The
-    halves of a vector are the pairs' two parts; cos, sin: [positions, rotated size]."""
-    half = cos.shape[1] // 2
-    for row in range(x.shape[0]):
+def _rotate_at(x, row, at, c, s):  # type: ignore[no-untyped-def]
+    half = c.shape[0] // 2
+    for d in range(half):
+        a, b = x[row, at + d], x[row, at + half + d]
+        x[row, at + d] = a * c[d] - b * s[d]
+        x[row, at + half + d] = b * c[half + d] + a * s[half + d]
+
+
+@njit(**_OPTIONS)
+def prepare(  # type: ignore[no-untyped-def]
+    qkv, heads, q_norm, k_norm, eps, positions, cos, sin, slots, keys, values
+):
+    """Norms (where the weights have elements) and rotary embedding of queries and keys, in place;
+    then keys and values to their slots.
+
+    qkv: [rows, (heads + 2 kv_heads) x size]; q_norm, k_norm: [size] or [0]; positions, slots:
+    [rows]; cos, sin: [positions, rotated size], whose halves are the pairs' two parts; keys,
+    values: [slots, kv_heads, size].
+    """
+    kv_heads, size = keys.shape[1], keys.shape[2]
+    for row in range(slots.shape[0]):
         c, s = cos[positions[row]], sin[positions[row]]
-        for head in range(heads):
+        for head in range(heads + kv_heads):
             at = head * size
-            for d in range(half):
-                a, b = x[row, at + d], x[row, at + half + d]
-                x[row, at + d] = a * c[d] - b * s[d]
-                x[row, at + half + d] = b * c[half + d] + a * s[half + d]
+            weight = q_norm if head < heads else k_norm
+            if weight.shape[0]:
+                _normalize_at(qkv, row, at, size, weight, eps)
+            _rotate_at(qkv, row, at, c, s)
+        slot = slots[row]
+        for head in range(kv_heads):
+            at = (heads + head) * size
+            for d in range(size):
+                keys[slot, head, d] = _store(qkv[row, at + d], keys[0, 0, 0])  # type: ignore[no-untyped-call]
+            at = (heads + kv_heads + head) * size
+            for d in range(size):
+                values[slot, head, d] = _store(qkv[row, at + d], values[0, 0, 0])  # type: ignore[no-untyped-call]
 
 
 @njit(**_OPTIONS)
