@@ -7,7 +7,7 @@ tested in environments of their own.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -47,7 +47,13 @@ SUBJECTS = (
     Subject("paged", "leased"),
     Subject("simulated", "closed", real_text=False, stepwise=False),
     Subject("simulated", "leased", real_text=False, stepwise=False, sets_aside=False),
-    Subject("vllm", "leased", stepwise=False, keeps=True, families=("llama", "qwen3")),
+    Subject(
+        "vllm",
+        "leased",
+        stepwise=False,
+        keeps=True,
+        families=("llama", "qwen3", "mistral", "gemma", "gemma3", "gpt2"),
+    ),
 )
 assert set(NAMES) <= {subject.name for subject in SUBJECTS}, f"no such engines: {NAMES}"
 
@@ -65,13 +71,12 @@ def subjects(**wanted: Any) -> list[Any]:
 class Kit:
     """Makes engines of one subject."""
 
-    kept: dict[tuple[Any, ...], Engine] = {}
-    """Of subjects whose engines tests share."""
+    kept: ClassVar[dict[tuple[Any, ...], list[Engine]]] = {}
+    """Of subjects whose engines tests share, by settings: those that no test has now."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._made: list[Engine] = []
-        self._lent: set[tuple[Any, ...]] = set()
+        self._made: list[tuple[tuple[Any, ...], Engine]] = []
 
     def make(self, folder: Path, **settings: Any) -> Engine:
         """An engine with the model of this folder, and other settings by name."""
@@ -79,26 +84,19 @@ class Kit:
         if subject.families is not None and folder.name not in subject.families:
             pytest.skip(f"{subject.name} is not tried with {folder.name}")
         key = (subject.name, folder, *sorted(settings.items()))
-        while key in self._lent:  # this test wants several that are alike
-            key = (*key, "more")
-        self._lent.add(key)
-        engine = self.kept.pop(key, None)
-        if engine is None:
-            engine = self._new(folder, settings)
-        if subject.keeps:
-            self.kept[key] = engine
-        else:
-            self._made.append(engine)
+        kept = self.kept.get(key)
+        engine = kept.pop() if kept else self._new(folder, settings)
+        self._made.append((key, engine))
         assert subject.form in engine.info.forms
         return engine
 
     def close(self) -> None:
-        """Close what was made; a shared engine must be as if it were new."""
-        for engine in self._made:
-            engine.close()
-        for key, engine in list(self.kept.items()):
-            if engine.busy or engine.memory().kv_tokens_used:
-                self.kept.pop(key).close()
+        """Close what was made; a shared engine is kept if it is as if it were new."""
+        for key, engine in self._made:
+            if self.subject.keeps and not engine.busy and not engine.memory().kv_tokens_used:
+                self.kept.setdefault(key, []).append(engine)
+            else:
+                engine.close()
 
     def _new(self, folder: Path, settings: dict[str, Any]) -> Engine:
         if self.subject.name == "simulated":
