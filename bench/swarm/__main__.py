@@ -149,7 +149,7 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes that pretend to be them.")] = 2,
     gateways: int = 1,
     rate: Annotated[float, typer.Option(help="Tokens per second and stream.")] = 1.0,
-    tokens: Annotated[int, typer.Option(help="Mean length of a stream.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Mean length of a stream.")] = 200,
     slice_tokens: Annotated[int, typer.Option(help="Length of a lease.")] = 64,
     policy: str = "past-future",
     profile: str = "llama-2-13b-a100",

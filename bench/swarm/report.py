@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
+import psutil  # type: ignore[import-untyped]
 from rich.table import Table
 
 from bench.swarm.load import GAP_BUCKET_S
@@ -18,6 +19,8 @@ QUEUE_HELD_S = 2.0
 """and if no queue at its end held more than the tokens of so many seconds."""
 BUSY = 0.9
 """Of a core, for what has one thread."""
+OWN_SHARE = 0.8
+"""With less than this of the busy time our own, a run says little."""
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +103,7 @@ def level_of(streams: int, rate: float, samples: Sequence[Sample], machine_busy:
         wrong=wrong,
         refused=sum(last.counts.refused.values()) - sum(first.counts.refused.values()),
         held=told and calm and queued and not short and not wrong,
-        binds=_binds(used, machine_busy),
+        binds=_binds(used, machine_busy, psutil.cpu_count() or 1),
     )
 
 
@@ -128,7 +131,7 @@ def _quantiles(histogram: Sequence[int]) -> dict[str, float]:
     return found
 
 
-def _binds(used: dict[str, list[float]], machine_busy: float) -> str:
+def _binds(used: dict[str, list[float]], machine_busy: float, cores: int) -> str:
     """What would have to be quicker for more."""
     most = {stage: max(ones) for stage, ones in used.items() if stage != "broker"}
     single = [stage for stage, share in most.items() if share >= BUSY]
@@ -136,6 +139,8 @@ def _binds(used: dict[str, list[float]], machine_busy: float) -> str:
         return f"a core of its own: {', '.join(single)}"
     shares = {stage: sum(ones) for stage, ones in used.items()}
     largest = max(shares, key=lambda stage: shares[stage])
+    if machine_busy >= BUSY and sum(shares.values()) < OWN_SHARE * machine_busy * cores:
+        return "other programs, which take a large part of the cores: measure again"
     if machine_busy >= BUSY:
         return f"all cores; the largest share is the {largest}'s"
     return f"nothing yet; the largest share is the {largest}'s"
