@@ -1,4 +1,5 @@
-"""The paged engine when its device fails under it: all leases are dropped, and it goes on."""
+"""What the paged engine does beside what every engine does (`tests/worker/conformance`): when its
+device fails under it all leases are dropped, and it goes on; and its weights of 8 bits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace as changed
 from torch import Tensor
 
 from services.worker.engines import paged
@@ -13,8 +15,9 @@ from services.worker.engines.api import EngineError, OutOfMemory
 from services.worker.paged.networks import make_network
 from services.worker.settings import WorkerSettings
 from tests.worker.conformance.driver import Driver, some_specs
+from tests.worker.conformance.test_generate import closeness
 from tests.worker.conftest import DEVICE
-from tests.worker.orders import make_order
+from tests.worker.orders import GREEDY, make_order, make_spec
 from tests.worker.reference import Agreement, Reference
 
 CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -92,3 +95,30 @@ def test_too_little_memory_for_a_block_is_refused(llama: Path) -> None:
     settings = WorkerSettings(model=str(llama), engine="paged", device=DEVICE, kv_tokens=15)
     with pytest.raises(paged.ModelError, match="kv_tokens"):
         paged.make_paged(settings)
+
+
+def test_an_eviction_is_counted(llama: Path) -> None:
+    settings = WorkerSettings(model=str(llama), engine="paged", device=DEVICE, kv_tokens=64)
+    engine = paged.make_paged(settings)
+    driver = Driver(engine)
+    driver.start(*(make_order(make_spec(f"r{n}", [n, n], 60), 30) for n in range(2)))
+    driver.rest()
+    driver.renew("r1", 40)
+    driver.rest()
+    assert [(end.request_id, end.evicted) for end in driver.left] == [("r1", True)]
+    assert (len(driver.ids("r1")), engine.evictions) == (30, 1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights of 8 bits are for the CPU")
+def test_weights_of_8_bits_make_almost_the_same_text(
+    llama: Path, references: dict[str, Reference]
+) -> None:
+    settings = WorkerSettings(model=str(llama), engine="paged", weights="int8", kv_tokens=4_000)
+    driver = Driver(paged.make_paged(settings))
+    scored = changed(GREEDY, logprobs=0)
+    driver.start(*(make_order(spec, 40) for spec in some_specs(4, 40, scored)))
+    driver.rest()
+    equal, behind, errors = closeness(driver.made, references["llama"])
+    assert equal >= 0.9, (equal, behind, errors)
+    assert behind <= 0.4
+    assert max(errors) <= 0.8
