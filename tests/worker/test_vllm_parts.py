@@ -298,6 +298,7 @@ def test_memory_is_that_of_the_leases() -> None:
     engine.cancel("r")
     memory = engine.memory()
     assert (memory.kv_tokens_capacity, memory.kv_tokens_used) == (1600, 0)
+    assert (memory.kv_blocks_capacity, memory.kv_blocks_used) == (100, 0)
     assert (memory.kv_bytes_per_token, memory.kv_bytes_capacity) == (8, 12800)
 
 

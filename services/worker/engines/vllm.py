@@ -301,6 +301,8 @@ class VllmEngine:
         return WorkerMemory(
             kv_tokens_capacity=capacity,
             kv_tokens_used=used,
+            kv_blocks_capacity=self._book.blocks,
+            kv_blocks_used=self._book.blocks_used,
             kv_bytes_per_token=size,
             kv_bytes_capacity=capacity * size,
             kv_bytes_used=used * size,
