@@ -18,11 +18,11 @@ from bench.peers.processes import ServerFailed, Tree, free_port
 from bench.peers.workload import Ask
 
 HOST = "127.0.0.1"
-START_S = 300.0
-"""vLLM was seen to take over 60 s on one core."""
+START_S = 600.0
+"""vLLM compiles for a minute or more on a quiet core, several on a busy one."""
 PROBE_S = 60.0
-SLOTS = 64
-"""Requests that a peer may run at once, where it wants to know."""
+SLOTS = 32
+"""Requests that llama.cpp may run at once; as many as there are clients at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,7 @@ def _launch_llama(system: System, place: Place, tree: Tree) -> Server:
     gguf = gguf_file(place.model, place.peers / "llama")
     command = [str(place.peers / "llama/build/bin/llama-server"), "-m", str(gguf)]
     # -c is divided by -np, and each part is a multiple of 256: more than the longest needs (1024).
-    slots = 32
-    command += ["--host", HOST, "--port", str(port), "-np", str(slots), "-c", str(slots * 1280)]
+    command += ["--host", HOST, "--port", str(port), "-np", str(SLOTS), "-c", str(SLOTS * 1280)]
     command += ["-t", "1", "-tb", "1", "--no-ui", "--offline"]
     tree.spawn("llama", command)
     return Server(system.name, tree, port, "peers", EXACT)
