@@ -19,7 +19,7 @@ from sim.parallel import run_all
 from sim.reproduction.document import document
 from sim.reproduction.section import Part, Section
 
-PARTS = ("past_future", "scls", "goodput", "survey", "reality", "speed")
+PARTS = ("past_future", "scls", "goodput", "goodput_counts", "survey", "reality", "speed")
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "reproduction"
 PAGE = ROOT / "docs" / "reproduction.md"

@@ -59,8 +59,6 @@ HANDICAPS: dict[str, tuple[str, Constants, bool]] = {
 }
 """Preset, constants, whether a gap of 1.49 s ends a request."""
 HANDICAP_SETS = ("Dist-1", "ShareGPT-o1")
-LONG = {("Dist-3", 100): 600, ("ShareGPT-o1", 60): 900}
-LONG_POLICIES = (PAST_FUTURE, "aggressive 90 %", "aggressive 95 %")
 LARGER = (PAST_FUTURE, "aggressive 90 %", SOURCE_CONSERVATIVE)
 LARGER_MODEL = ("llama-2-13b-a100", 64_000)
 """Profile and KV tokens of the source's 13B server."""
@@ -76,18 +74,13 @@ def tasks(*, quick: bool) -> Sequence[Task]:
         *_handicapped(),
         *_grid(tuple(SETS), CLIENTS[::-1], quick=False),
         *_bound(),
-        *_long(),
     ]
 
 
-def run(task: Task, progress: Callable[[int, int], None]) -> Result:
-    """One of them."""
-    return goodput_runs.run(task, progress)
-
-
-def _task(
+def task_of(
     lengths: str, clients: int, policy: str, preset: str, constants: Constants, group: str
 ) -> Task:
+    """A run as long as the set's runs are."""
     warm, counted = COUNTED[lengths]
     return Task(
         lengths=lengths,
@@ -101,10 +94,15 @@ def _task(
     )
 
 
+def run(task: Task, progress: Callable[[int, int], None]) -> Result:
+    """One of them."""
+    return goodput_runs.run(task, progress)
+
+
 def _grid(lengths: Sequence[str], clients: Sequence[int], *, quick: bool) -> list[Task]:
     chosen = (PAST_FUTURE, "aggressive 99 %", SOURCE_CONSERVATIVE) if quick else tuple(POLICIES)
     return [
-        _task(name, number, policy, *POLICIES[policy], "grid")
+        task_of(name, number, policy, *POLICIES[policy], "grid")
         for number in clients
         for name in lengths
         for policy in chosen
@@ -113,7 +111,7 @@ def _grid(lengths: Sequence[str], clients: Sequence[int], *, quick: bool) -> lis
 
 def _aborted() -> list[Task]:
     return [
-        replace(_task(name, LARGEST, policy, *POLICIES[policy], "aborted"), gap_abort=True)
+        replace(task_of(name, LARGEST, policy, *POLICIES[policy], "aborted"), gap_abort=True)
         for name in SETS
         for policy in ABORTED
     ]
@@ -121,24 +119,15 @@ def _aborted() -> list[Task]:
 
 def _handicapped() -> list[Task]:
     return [
-        replace(_task(name, LARGEST, label, preset, constants, "handicap"), gap_abort=aborts)
+        replace(task_of(name, LARGEST, label, preset, constants, "handicap"), gap_abort=aborts)
         for name in HANDICAP_SETS
         for label, (preset, constants, aborts) in HANDICAPS.items()
     ]
 
 
-def _long() -> list[Task]:
-    """Two points where the best are close, over so many requests that plain counts tell."""
-    return [
-        replace(_task(lengths, n, policy, *POLICIES[policy], "long"), counted=counted)
-        for (lengths, n), counted in LONG.items()
-        for policy in LONG_POLICIES
-    ]
-
-
 def _bound() -> list[Task]:
     """The most that any admission could do: true lengths, no reserve."""
-    return [_task(name, LARGEST, "true lengths", "oracle", {}, "bound") for name in SETS]
+    return [task_of(name, LARGEST, "true lengths", "oracle", {}, "bound") for name in SETS]
 
 
 def _larger() -> list[Task]:
@@ -146,7 +135,7 @@ def _larger() -> list[Task]:
     made = []
     for name in SETS:
         for policy in LARGER:
-            task = _task(name, LARGEST, policy, *POLICIES[policy], "13B")
+            task = task_of(name, LARGEST, policy, *POLICIES[policy], "13B")
             half = (task.warm // 2, task.counted // 2)
             made.append(
                 replace(task, profile=profile, kv_tokens=kv_tokens, warm=half[0], counted=half[1])
@@ -158,7 +147,7 @@ def section(results: Sequence[Result]) -> Section:
     """Tables, statements and the picture."""
     groups = {
         group: [result for result in results if result.task.group == group]
-        for group in ("grid", "aborted", "handicap", "13B", "bound", "long")
+        for group in ("grid", "aborted", "handicap", "13B", "bound")
     }
     grid = Grid(groups["grid"])
     tables = [text.goodput_table(grid, name) for name in grid.sets]
@@ -178,7 +167,6 @@ def section(results: Sequence[Result]) -> Section:
             handicapped=groups["handicap"],
             bound=groups["bound"],
             aborted=groups["aborted"],
-            long=groups["long"],
         ),
         pictures=((text.CAPTION, small_multiples(grid)),),
     )

@@ -13,6 +13,7 @@ belongs to requests within the SLA). In the long run that is the number of such 
 without the luck of what a short run holds. The plain count is kept beside it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,10 @@ GAP_S = 1.49
 PROFILE = "llama-2-7b-a100"
 KV_TOKENS = 120_000
 """Of the source's 7B server on one A100-80GB; a block is a token there."""
+
+PARTS = 5
+"""Of a run's time, by whose differences its noise is judged: on Dist-2, where they are shortest
+for their requests, a part is about as long as a request takes."""
 
 PAST_FUTURE = "Past-Future"
 SOURCE_CONSERVATIVE = "conservative 12,000"
@@ -91,6 +96,8 @@ class Result:
     kv_util: float
     batch: float
     duration_s: float
+    parts_rps: tuple[float, ...] = ()
+    """The plain count in each of `PARTS` equal parts of the time, per second."""
 
 
 def setup_of(task: Task) -> Setup:
@@ -201,7 +208,15 @@ def _result(task: Task, mesh: SimMesh, before: _Before) -> Result:
         kv_util=kv_util,
         batch=batch,
         duration_s=duration_s,
+        parts_rps=in_parts([r.last_token_s or 0.0 for r in good], before.at, mesh.world.now),
     )
+
+
+def in_parts(ends: Sequence[float], since: float, until: float) -> tuple[float, ...]:
+    """How many of these times are in each of `PARTS` equal parts, per second."""
+    part_s = (until - since) / PARTS
+    counts = Counter(min(PARTS - 1, int((end - since) / part_s)) for end in ends)
+    return tuple(counts[part] / part_s for part in range(PARTS))
 
 
 def work_of(item: Item) -> float:

@@ -203,7 +203,8 @@ number of such requests per second. We came to this measure on the way: plain co
 settings that admitted exactly alike 9 % apart (ShareGPT-o1, N = 40), and output tokens alone still
 left 3 to 5 % (they put Past-Future at 0.95x of the best on Dist-3 at N = 100, where its batch
 happened to hold longer contexts; work says 0.99x). The plain count and the artifact's own measure,
-tokens per second of passing requests, stand beside it, also for the first statement.
+tokens per second of passing requests, stand beside it, also for the first statement; the next part
+takes plain counts over longer runs.
 
 **What was found on the way.** Leases had made evictions that no policy had decided: with little
 memory left a request was parked while others sat on credit that they did not need yet. Now a next

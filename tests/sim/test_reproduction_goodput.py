@@ -19,12 +19,14 @@ from sim.reproduction.goodput_chart import small_multiples
 from sim.reproduction.goodput_claims import Grid, claims
 from sim.reproduction.goodput_runs import (
     LIMITS,
+    PARTS,
     PAST_FUTURE,
     SETS,
     SOURCE_CONSERVATIVE,
     Result,
     Task,
     evenly,
+    in_parts,
     run,
 )
 from sim.reproduction.past_future_claims import claims as memory_claims
@@ -141,6 +143,13 @@ def test_a_run_counts_what_passed_and_nothing_of_the_warm_up() -> None:
     assert 0 < small.goodput_rps < 1
     assert small.batch <= 4
     assert run(SMALL, nothing) == small
+
+
+def test_the_parts_of_a_run_make_up_its_count() -> None:
+    small = run(SMALL, nothing)
+    assert len(small.parts_rps) == PARTS
+    assert fmean(small.parts_rps) == pytest.approx(small.counted_rps)
+    assert in_parts([10.0, 11.9, 12.0, 20.0], 10.0, 20.0) == (1.0, 0.5, 0.0, 0.0, 0.5)
 
 
 def test_requests_that_end_at_once_do_not_carry_a_run_past_its_end(
