@@ -1,6 +1,7 @@
 """The words and tables of the part on plain counts."""
 
-from sim.reproduction.goodput_counts_claims import ENOUGH, surely_low
+from sim.reproduction.goodput_claims import ENOUGH
+from sim.reproduction.goodput_counts_claims import surely_low
 from sim.reproduction.goodput_estimates import Estimates
 from sim.reproduction.section import Table
 
