@@ -59,9 +59,9 @@ def calibrate(
     ] = 0,
     kv_block_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a KV block; default: 16 for tables, 1 for padded."),
+        typer.Option(min=1, help="Tokens a KV block; default: 16 for tables, else the engine's."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="Measured: the worker's engine.")] = "padded",
+    engine: Annotated[str, typer.Option(help="Measured: the worker's engine.")] = "paged",
     device: Annotated[str, typer.Option(help="Measured: auto, cpu or cuda.")] = "auto",
     torch_threads: Annotated[int, typer.Option(min=0, help="Measured: 0: every core.")] = 0,
     batch_sizes: Annotated[str, typer.Option(help="Measured: N of the grid.")] = "1,2,4,8,16,32",
@@ -100,7 +100,8 @@ def calibrate(
             plan = Plan(numbers(batch_sizes), numbers(lengths), steps, repeats, seconds, seed)
             loaded = _engine(model, engine, device, torch_threads, kv_tokens)
             try:
-                made = [_measured(loaded, plan, name, kv_block_tokens or 1, console)]
+                block = kv_block_tokens or loaded.info.kv_block_tokens
+                made = [_measured(loaded, plan, name, block, console)]
             finally:
                 loaded.close()
     except CalibrationError as error:

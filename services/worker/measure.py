@@ -1,4 +1,4 @@
-"""Measuring a worker: how long prefills and decode steps of closed batches take on its engine.
+"""Measuring a worker: how long prefills and decode steps of batches take on its engine.
 
 The engine is driven directly, without bus and scheduler, with random prompts over a grid of batch
 sizes and lengths. What is measured is the engine's own clock (`StepReport`), as in slice timings.
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from services.worker.engines.api import Engine, OutOfMemory
+from services.worker.engines.api import Engine, EngineInfo, OutOfMemory
 from shared.config import SetupError
-from shared.messages import RequestSpec, RunSlice, Sampling, SliceOrder
+from shared.messages import Form, RequestSpec, RunSlice, Sampling, SliceOrder
 from shared.tokens import pack
 
 TOKEN_IDS_MIN = 3
@@ -42,17 +42,14 @@ def grid(
     engine: Engine, batch_sizes: Sequence[int], lengths: Sequence[int], steps: int
 ) -> list[Point]:
     """The batches that this engine can hold. Raises SetupError if there are fewer than 4."""
-    if "closed" not in engine.info.forms:
-        raise SetupError(
-            f"engine {engine.info.engine} runs no closed batches; only those are measured"
-        )
     capacity, most = engine.memory().kv_tokens_capacity, engine.info.batch_size_max
+    block = engine.info.kv_block_tokens
     points = [
         Point(batch, length)
         for length in lengths
         for batch in batch_sizes
         if length + steps + 1 <= engine.info.context_tokens_max
-        and batch * (length + steps + 1) <= capacity
+        and batch * -(-(length + steps + 1) // block) * block <= capacity
         and (not most or batch <= most)
     ]
     if len(points) < 4 or len({p.batch for p in points}) < 2:
@@ -90,7 +87,7 @@ def measure(
 
 def _run(engine: Engine, point: Point, steps: int, rng: Random) -> Measured:
     try:
-        engine.start(_batch(point, steps + 1, engine.info.vocabulary_size, rng))
+        engine.start(_batch(point, steps + 1, engine.info, rng))
         prefill_s, decode_s = 0.0, []
         while engine.busy:
             report = engine.step()
@@ -105,7 +102,10 @@ def _run(engine: Engine, point: Point, steps: int, rng: Random) -> Measured:
     return Measured(point, prefill_s, tuple(decode_s))
 
 
-def _batch(point: Point, tokens: int, vocabulary: int, rng: Random) -> RunSlice:
+def _batch(point: Point, tokens: int, info: EngineInfo, rng: Random) -> RunSlice:
+    """A closed batch, or as many leases at once where the engine runs only those."""
+    vocabulary = info.vocabulary_size
+    form: Form = "closed" if "closed" in info.forms else "leased"
     first = min(TOKEN_IDS_MIN, vocabulary - 1)
     orders = tuple(
         SliceOrder(
@@ -124,5 +124,11 @@ def _batch(point: Point, tokens: int, vocabulary: int, rng: Random) -> RunSlice:
         for index in range(point.batch)
     )
     return RunSlice(
-        epoch=1, worker="", batch_id="measure", form="closed", orders=orders, iterations=tokens
+        epoch=1,
+        worker="",
+        batch_id="measure",
+        form=form,
+        orders=orders,
+        iterations=tokens,
+        prefill_first=True,  # so that leases decode together, too
     )

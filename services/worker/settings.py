@@ -56,7 +56,8 @@ class WorkerSettings(ServiceSettings):
     """Engine paged: requests with the same beginning share its KV. It shows in times to the first
     token what others have asked before."""
     weights: Literal["auto", "int8"] = "auto"
-    """Engine paged on a CPU: int8 rounds the weights of linear layers to 8 bits."""
+    """Engine paged on a CPU: int8 rounds weights and inputs of linear layers to 8 bits, which is
+    three to four times as fast; the text is another."""
     fuse: bool = True
     """Engine paged on a CPU: run models of Llama's shape by compiled kernels."""
     prefill_chunk_tokens: int = Field(default=4096, ge=1)

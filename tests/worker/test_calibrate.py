@@ -6,10 +6,10 @@ import pytest
 
 from services.calibrate_command import cells_of, looks_like_seconds
 from services.cli import main
-from services.worker.engines.api import EngineInfo
+from services.worker.engines.paged import make_paged
 from services.worker.measure import Measured, Point, grid, measure
+from services.worker.settings import WorkerSettings
 from shared.config import SetupError
-from shared.messages import WorkerMemory
 from shared.profiles import load_profile
 from sim.calibration_cells import Cell
 from tests.worker.conftest import MakeEngine
@@ -61,21 +61,17 @@ def test_a_grid_that_does_not_fit_is_refused(make_engine: MakeEngine, llama: Pat
         grid(engine, [1, 2, 4], [32, 64], steps=8)
 
 
-class LeasedOnly:
-    """An engine without closed batches."""
-
-    info = EngineInfo(
-        engine="other", forms=("leased",), model="m", context_tokens_max=99, vocabulary_size=9
+def test_leases_are_measured_like_batches(llama: Path) -> None:
+    engine = make_paged(
+        WorkerSettings(model=str(llama), kv_tokens=400, prefill_chunk_tokens=20, torch_threads=1)
     )
-    busy = False
-
-    def memory(self) -> WorkerMemory:
-        return WorkerMemory(kv_tokens_capacity=1000)
-
-
-def test_an_engine_without_closed_batches_is_refused() -> None:
-    with pytest.raises(SetupError, match="engine other runs no closed batches"):
-        grid(LeasedOnly(), [1, 2], [4, 8], steps=8)  # type: ignore[arg-type]
+    points = grid(engine, [1, 2, 4, 8], [8, 24], steps=10)
+    assert {(p.batch, p.input_tokens) for p in points} >= {(1, 8), (8, 24)}
+    runs = list(measure(engine, points, steps=10, repeats=1, seconds_max=60.0))
+    assert [len(one.decode_s) for one in runs] == [10] * len(points)
+    assert all(one.prefill_s > 0 for one in runs)
+    assert engine.memory().kv_tokens_used == 0
+    engine.close()
 
 
 def test_cells_are_medians_at_their_mean_context() -> None:
@@ -97,10 +93,10 @@ def test_cells_are_medians_at_their_mean_context() -> None:
 def test_a_worker_becomes_a_profile(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.json"
     options = ("--batch-sizes", "1,2,4", "--lengths", "8,16,32", "--steps", 8, "--repeats", 1)
-    sizes = ("--kv-tokens", 500, "--torch-threads", 1, "--device", "cpu", "--name", "tiny")
+    sizes = ("--kv-tokens", 512, "--torch-threads", 1, "--device", "cpu", "--name", "tiny")
     assert run("--model", llama, "--out", out, *options, *sizes) == 0
     profile = load_profile(out)
-    assert (profile.name, profile.gpu, profile.kv_tokens) == ("tiny", "cpu", 500)
+    assert (profile.name, profile.gpu, profile.kv_tokens) == ("tiny", "cpu", 512)
     assert profile.kv_bytes_per_token > 0
     assert profile.padded_s(4, 32, 9) > profile.padded_s(1, 8, 9) > 0
 

@@ -146,6 +146,11 @@ class PagedEngine:
         return self._info
 
     @property
+    def model(self) -> LoadedModel:
+        """What it runs; the linear layers of `network` may have been packed away."""
+        return self._model
+
+    @property
     def busy(self) -> bool:
         """A row to compute, or an end to tell."""
         return bool(self._left) or any(s.runs for s in self._sequences.values())
@@ -313,7 +318,7 @@ class PagedEngine:
         """Time is shared out by tokens between prefill and decode."""
         rows = sum(share.tokens for share in shares)
         prefilled = sum(share.tokens for share in shares if share.tokens > 1)
-        prefill_s = took * prefilled / rows
+        prefill_s = took if prefilled == rows else took * prefilled / rows
         if prefilled:
             self._leases.token_cost.add(took / rows)
         return StepReport(

@@ -16,7 +16,7 @@ from services.worker.models import LoadedModel
 from services.worker.paged import kernels
 from services.worker.paged.attention import Attention, KernelAttention, Rotation
 from services.worker.paged.iteration import Iteration
-from services.worker.paged.linears import can_pack, pack
+from services.worker.paged.linears import Fast, can_pack, pack, plain_fits
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -30,12 +30,12 @@ class Unfit(Exception):
 class _Layer:
     """Weights of one decoder layer."""
 
-    def __init__(self, layer: Any, angles: tuple[Any, Any], *, int8: bool) -> None:
+    def __init__(self, layer: Any, angles: tuple[Any, Any], options: dict[str, bool]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj), int8)
-        self.out = _joined((attention.o_proj,), int8)
-        self.gate_up = _joined((mlp.gate_proj, mlp.up_proj), int8)
-        self.down = _joined((mlp.down_proj,), int8)
+        self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj), options)
+        self.out = _joined((attention.o_proj,), options)
+        self.gate_up = _joined((mlp.gate_proj, mlp.up_proj), options)
+        self.down = _joined((mlp.down_proj,), options)
         self.norm_in, self.eps = _norm(layer.input_layernorm)
         self.norm_mlp, _ = _norm(layer.post_attention_layernorm)
         self.scale = float(attention.scaling)
@@ -73,12 +73,12 @@ class FusedNetwork:
         if not can_pack(network.lm_head.weight):
             raise Unfit(f"{model.dtype} on {model.device}")
         self._heads = config.num_attention_heads
-        self._dtype = model.dtype
+        options = {"int8": int8, "plain": plain_fits(network)}
         self._embedding = body.embed_tokens.weight.detach()
         angles = _angles(body.rotary_emb, config, model.context_tokens_max)
-        self._layers = [_Layer(layer, angles, int8=int8) for layer in body.layers]
+        self._layers = [_Layer(layer, angles, options) for layer in body.layers]
         self._norm, self._eps = _norm(body.norm)
-        self._head = pack(network.lm_head.weight, network.lm_head.bias, int8=int8)
+        self._head = pack(network.lm_head.weight, network.lm_head.bias, **options)
 
     def strip(self, model: LoadedModel) -> None:
         """Free what the untouched model holds twice."""
@@ -98,39 +98,33 @@ class FusedNetwork:
         last = len(self._layers) - 1
         kernels.normalize(stream, self._layers[0].norm_in, self._layers[0].eps, h.numpy())
         for index, layer in enumerate(self._layers):
-            qkv = self._product(layer.qkv, h)
+            qkv = layer.qkv.wide(h)
             found = attention.attend_joined(
                 index, qkv, self._heads, layer.rotation, layer.scale, layer.window
             )
-            mixed = self._product(layer.out, found.view(rows, -1))
+            mixed = layer.out.wide(found.view(rows, -1))
             kernels.add_and_normalize(stream, mixed.numpy(), layer.norm_mlp, layer.eps, h.numpy())
-            both = self._product(layer.gate_up, h)
+            both = layer.gate_up.wide(h)
             inner = torch.empty((rows, both.shape[1] // 2))
             kernels.gate(both.numpy(), inner.numpy())
-            made = self._product(layer.down, inner)
+            made = layer.down.wide(inner)
             following = self._layers[index + 1].norm_in if index < last else self._norm
             kernels.add_and_normalize(stream, made.numpy(), following, layer.eps, h.numpy())
-        return self._product(self._head, h[torch.from_numpy(iteration.wanted)])
-
-    def _product(self, linear: nn.Module, x: Tensor) -> Tensor:
-        # `forward` at once: nn.Module's call costs as much as a small kernel.
-        if self._dtype == torch.float32:
-            return linear.forward(x)  # type: ignore[no-any-return]
-        return linear.forward(x.to(self._dtype)).float()  # type: ignore[no-any-return]
+        return self._head.wide(h[torch.from_numpy(iteration.wanted)])
 
 
-def _joined(linears: tuple[Any, ...], int8: bool) -> nn.Module:
+def _joined(linears: tuple[Any, ...], options: dict[str, bool]) -> Fast:
     if any(type(linear) is not nn.Linear for linear in linears):
         raise Unfit(f"{type(linears[0]).__name__} in the place of a linear layer")
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias for linear in linears]
     if all(bias is None for bias in biases):
-        return pack(weight, None, int8=int8)
+        return pack(weight, None, **options)
     whole = [
         weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         for linear in linears
     ]
-    return pack(weight, torch.cat(whole), int8=int8)
+    return pack(weight, torch.cat(whole), **options)
 
 
 def _norm(module: Any) -> tuple[Any, Any]:

@@ -76,9 +76,9 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
     begin, end).
 
     q: [rows, heads x key_size or more] float32; keys, values: [slots, kv_heads, size]; tables:
-    [seats, blocks] int32; seats, contexts: [rows] int32: whose blocks a row reads, and how many tokens of
-    them, its own the last; window: at most so many of these, 0: all; cap: softcap of scores, 0:
-    none; out: [rows, heads, value_size]. Rows begin..end are done.
+    [seats, blocks] int32; seats, contexts: [rows] int32: whose blocks a row reads, and how many
+    tokens of them, its own the last; window: at most so many of these, 0: all; cap: softcap of
+    scores, 0: none; out: [rows, heads, value_size]. Rows begin..end are done.
     """
 
     @njit(**_OPTIONS)
@@ -225,6 +225,30 @@ def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
         by = F32(1) / np.sqrt(total / F32(size) + eps)
         for d in range(size):
             out[row, d] = x[row, d] * by * weight[d]
+
+
+@njit(**_OPTIONS)
+def multiply(x, weight, bias, out):  # type: ignore[no-untyped-def]
+    """out = x weight^T + bias for few rows: two at a time, so that weights are read at the memory's
+    rate. x: [rows, inputs], weight: [outputs, inputs], bias: [outputs] or [0], out: [rows,
+    outputs]."""
+    rows, inputs = x.shape
+    for o in range(weight.shape[0]):
+        b = bias[o] if bias.shape[0] else F32(0)
+        row = 0
+        while row + 2 <= rows:
+            s, t = F32(0), F32(0)
+            for i in range(inputs):
+                w = _load(weight[o, i])  # type: ignore[no-untyped-call]
+                s += w * x[row, i]
+                t += w * x[row + 1, i]
+            out[row, o], out[row + 1, o] = s + b, t + b
+            row += 2
+        if row < rows:
+            s = F32(0)
+            for i in range(inputs):
+                s += _load(weight[o, i]) * x[row, i]  # type: ignore[no-untyped-call]
+            out[row, o] = s + b
 
 
 @njit(**_OPTIONS)

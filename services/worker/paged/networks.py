@@ -33,9 +33,9 @@ def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -
             return fused
     network = TransformersNetwork(model)
     if model.device.type == "cpu":
-        from services.worker.paged.linears import pack_layers
+        from services.worker.paged.linears import pack_layers, plain_fits
 
-        pack_layers(model.network, int8=int8)
+        pack_layers(model.network, int8=int8, plain=plain_fits(model.network))
     elif int8:
         raise ModelError("weights of int8 are for the CPU; use weights=auto")
     error = check(network, model, reference)
