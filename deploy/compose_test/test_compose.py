@@ -93,7 +93,8 @@ async def test_streams_complete(stack: Stack, asks: list[Ask], measured: Measure
 
 
 async def test_a_trace_shows_slices_and_workers(stack: Stack, measured: Measured) -> None:
-    """One request's trace holds at least two slices, each with its worker's name."""
+    """One request's trace holds its slices, each with its worker's name. A leased request has
+    one for each placement, however often it is renewed."""
     trace_id = f"{time.time_ns():032x}"
     body = {"model": "demo", "prompt": "ROMEO:\n", "max_tokens": TRACE_TOKENS, "ignore_eos": True}
     async with httpx.AsyncClient(timeout=60) as client:
@@ -166,13 +167,13 @@ def summary(answers: list[Answer], seconds: float) -> dict[str, float]:
 
 
 async def trace(client: httpx.AsyncClient, collector: str, trace_id: str) -> list[Span]:
-    """The spans of a trace in order of time, once the whole request and two slices are there."""
+    """The spans of a trace in order of time, once the whole request and a slice are there."""
     async with asyncio.timeout(SPANS_LIMIT_S):
         while True:
             spans: list[Span] = (await client.get(f"{collector}/spans")).json()
             found = [span for span in spans if span["trace_id"] == trace_id]
             whole = any(span["name"].startswith("POST ") for span in found)
-            if whole and len(slices(found)) >= 2:
+            if whole and slices(found):
                 return sorted(found, key=lambda span: float(span["start_s"]))
             await asyncio.sleep(0.5)
 

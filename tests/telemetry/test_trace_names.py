@@ -28,7 +28,9 @@ Spans = list[ReceivedSpan]
 def trace() -> Iterator[Spans]:
     """All spans of one completion of 20 tokens in slices of 8."""
     with OtlpReceiver() as receiver:
-        with live_mesh(otlp_endpoint=receiver.url, slice_tokens=SLICE_TOKENS, workers=2) as mesh:
+        with live_mesh(
+            policy="scls", otlp_endpoint=receiver.url, slice_tokens=SLICE_TOKENS, workers=2
+        ) as mesh:
             body = {
                 "model": mesh.mesh.workers[0].served_name(),
                 "prompt": "ROMEO:\n",

@@ -92,7 +92,9 @@ async def test_a_real_engine_serves_slice_after_slice(
             return bus
 
         open_bus = connect
-    settings = WorkerSettings(model=str(llama), kv_tokens=2_000, torch_threads=1, device="cpu")
+    settings = WorkerSettings(
+        model=str(llama), engine="padded", kv_tokens=2_000, torch_threads=1, device="cpu"
+    )
     prompts = {"a": [257, 5, 6, 7], "b": [257, 80, 81]}
     agreement = Agreement()
     async with a_mesh(open_bus, settings, ("gateway-1", "gateway-2")) as mesh:

@@ -117,6 +117,8 @@ class PagedEngine:
         self._left: list[LeaseEnd] = []
         self._budget = chunk_tokens
         self._prefill_first = False
+        self._turn = 0
+        """Of the iterations, for those of more decodes than have room in one."""
         self._sampled: list[Sequence] = []
         self._sampler: BatchSampler | None = None
         self._device_at, self._device_memory = float("-inf"), (0, 0)
@@ -236,7 +238,9 @@ class PagedEngine:
             prefill_first=self._prefill_first,
             find=self._leases.find,
             awaited=self._leases.awaited,
+            turn=self._turn,
         )
+        self._turn += 1
         if not shares:
             return StepReport(left=left)
         began = time.perf_counter()
