@@ -32,7 +32,8 @@ class MeshSettings(CommandSettings):
         "with other answers, such as vllm+offloading=sal-a (docs/policies.md).",
     )
     engine: str | None = None
-    """What runs the slices: paged, padded, vllm or simulated (default: what goes with the policy)."""
+    """What runs the slices: paged, padded, vllm or simulated (default: what goes with the
+    policy)."""
     profile: str | None = None
     """Engine simulated: the cost profile, a name in deploy/costs or a file (default: the
     worker's)."""

@@ -22,6 +22,10 @@ LIVE = (
 )
 """Constants that have a setting of their own."""
 
+AMPLE_SLICE_TOKENS = 256
+"""Leases of a worker with ample memory, unless slice_tokens was chosen: nobody else loses by it,
+and a renewal costs messages (`Constants.ample_slice_tokens`)."""
+
 
 class SchedulerSettings(ServiceSettings):
     """One scheduler. Several on one broker: one leads, the others stand by."""
@@ -86,6 +90,8 @@ class SchedulerSettings(ServiceSettings):
         """The core's constants: a live mesh's defaults, then the preset's own, then what was asked
         for; `set` wins. Raises UnknownConstant (a ValueError)."""
         live = {name: getattr(self, name) for name in LIVE}
+        if "slice_tokens" not in self.model_fields_set:
+            live["ample_slice_tokens"] = AMPLE_SLICE_TOKENS
         told = {name: live[name] for name in LIVE if name in self.model_fields_set}
         constants = self.preset().with_constants(**{**live, **self.preset().constants, **told})
         return with_overrides(constants, self.set)

@@ -46,15 +46,25 @@ class WorkerMetrics:
         self.kv_used_bytes = gauge("tranche_kv_used_bytes", "Bytes of the KV slots in use.")
         self.kv_capacity_bytes = gauge("tranche_kv_capacity_bytes", "Bytes of all KV slots.")
         self.device_free = gauge("tranche_device_free_bytes", "Free memory of the device.")
+        self._steps: dict[str, tuple[Counter, Histogram]] = {}
         self.errors = counter("tranche_worker_errors", "Errors from outside, by kind.", "kind")
 
     def on_step(self, worker: str, report: StepReport) -> None:
         """Count one iteration."""
+        output_tokens, iteration = self._of_steps(worker)
         made = sum(len(tokens.ids) for tokens in report.tokens)
         if made:
-            self.output_tokens.labels(worker).inc(made)
+            output_tokens.inc(made)
         if report.batch_size and (report.prefill_s or report.decode_s):
-            self.iteration.labels(worker).observe(report.prefill_s + report.decode_s)
+            iteration.observe(report.prefill_s + report.decode_s)
+
+    def _of_steps(self, worker: str) -> tuple[Counter, Histogram]:
+        """Found once: looking up labels costs more than counting."""
+        found = self._steps.get(worker)
+        if found is None:
+            found = (self.output_tokens.labels(worker), self.iteration.labels(worker))
+            self._steps[worker] = found
+        return found
 
     def on_slice(self, worker: str, done: SliceDone) -> None:
         """Count one batch that ended, or was refused."""

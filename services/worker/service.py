@@ -51,6 +51,8 @@ from shared.telemetry.setup import Telemetry
 
 TOKENS_DEADLINE_S = 10.0
 """A token batch that is not confirmed by then is tried again, joined with newer tokens."""
+SHOWN_EVERY_S = 0.25
+"""Between two updates of the memory's gauges."""
 
 
 class Misdirected(Exception):
@@ -103,6 +105,7 @@ class _Shell:
         self._line = SchedulerLine(bus, telemetry.boot_id, self._log, self._on_error)
         self._batches: dict[str, tuple[RunSlice, float]] = {}
         """Open closed batches and the wall clock at their receipt, for spans."""
+        self._shown_at = float("-inf")
         self._lease_spans = LeaseSpans(telemetry.tracer, settings.name)
 
     def report_from_thread(self, report: Report) -> None:
@@ -198,8 +201,11 @@ class _Shell:
                 if isinstance(event, EngineStepped):
                     self._metrics.on_step(self._settings.name, event.report)
                 self._perform(core.handle(event, self._loop.time()), engine, tasks)
-            self._perform(core.wake(self._loop.time()), engine, tasks)
-            self._metrics.on_memory(self._settings.name, core.memory)
+            now = self._loop.time()
+            self._perform(core.wake(now), engine, tasks)
+            if now >= self._shown_at + SHOWN_EVERY_S:
+                self._shown_at = now
+                self._metrics.on_memory(self._settings.name, core.memory)
 
     # ----------------------------------------------------------------------- commands out
 

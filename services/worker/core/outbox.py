@@ -8,8 +8,6 @@ by the tokens of the requests that are here.
 
 from dataclasses import dataclass, field
 
-import msgspec
-
 from services.worker.engines.api import StepTokens
 from shared.messages import TokenBatch, TokenRun
 from shared.tokens import pack
@@ -142,10 +140,14 @@ def join_runs(earlier: TokenRun, later: TokenRun) -> TokenRun | None:
     whole = bool(earlier.logprobs) == bool(later.logprobs) or not (earlier.ids and later.ids)
     if not (follows and same and whole) or earlier.finish_reason is not None:
         return None
-    return msgspec.structs.replace(
-        later,
+    return TokenRun(
+        request_id=later.request_id,
+        attempt=later.attempt,
         position=earlier.position,
         ids=earlier.ids + later.ids,
+        finish_reason=later.finish_reason,
+        ending_token=later.ending_token,
         logprobs=earlier.logprobs + later.logprobs,
         prompt_logprobs=earlier.prompt_logprobs or later.prompt_logprobs,
+        detail=later.detail,
     )

@@ -99,12 +99,23 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
             for j in range(first, context):
                 slot = table[j // block_tokens] * block_tokens + j % block_tokens
                 for head in range(kv_heads):
-                    for g in range(group):
-                        at = (head * group + g) * key_size
+                    for g in range(0, group - 1, 2):
+                        own = head * group + g
+                        at, next_at = own * key_size, (own + 1) * key_size
+                        s, t = F32(0), F32(0)
+                        for d in range(key_size):
+                            k = _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
+                            s += q[row, at + d] * k
+                            t += q[row, next_at + d] * k
+                        scores[own, j], scores[own + 1, j] = s * scale, t * scale
+                    if group % 2:
+                        own = head * group + group - 1
+                        at = own * key_size
                         s = F32(0)
                         for d in range(key_size):
-                            s += q[row, at + d] * _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
-                        scores[head * group + g, j] = s * scale
+                            k = _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
+                            s += q[row, at + d] * k
+                        scores[own, j] = s * scale
             for head in range(heads):
                 if cap > 0:
                     for j in range(first, context):
@@ -126,10 +137,19 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
             for j in range(first, context):
                 slot = table[j // block_tokens] * block_tokens + j % block_tokens
                 for head in range(kv_heads):
-                    for g in range(group):
-                        p = scores[head * group + g, j]
+                    for g in range(0, group - 1, 2):
+                        own = head * group + g
+                        p, r = scores[own, j], scores[own + 1, j]
                         for d in range(value_size):
-                            sums[head * group + g, d] += p * _load(values[slot, head, d])  # type: ignore[no-untyped-call]
+                            v = _load(values[slot, head, d])  # type: ignore[no-untyped-call]
+                            sums[own, d] += p * v
+                            sums[own + 1, d] += r * v
+                    if group % 2:
+                        own = head * group + group - 1
+                        p = scores[own, j]
+                        for d in range(value_size):
+                            v = _load(values[slot, head, d])  # type: ignore[no-untyped-call]
+                            sums[own, d] += p * v
             for head in range(heads):
                 for d in range(value_size):
                     out[row, head, d] = sums[head, d]
