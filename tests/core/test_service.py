@@ -116,7 +116,7 @@ class Mesh:
             tracer=self.tracer,
             registry=self.registry,
         )
-        record = SchedulerSettings(**settings)  # type: ignore[arg-type]
+        record = SchedulerSettings(**{"policy": "scls", **settings})  # type: ignore[arg-type]
         task = asyncio.create_task(serve(record, bus, telemetry, stop))
         try:
             yield task
