@@ -54,7 +54,8 @@ class SchedulerMetrics:
         )
         self.slice_error = histogram(
             "slice_time_error_ratio",
-            "How far the estimate of a slice's time was off: |estimate - measured| / measured.",
+            "How far the estimate of a closed slice's time was off: |estimate - measured| / "
+            "measured. Nobody estimates the time of a lease.",
             ERROR_RATIOS,
         )
         self.dispatched = counter("dispatched_batches", "Batches given to workers.")

@@ -269,7 +269,7 @@ class EngineThread:
             self._leases.update((o.spec.request_id, o.attempt) for o in order.orders)
         else:
             self._begun[order.batch_id] = _Begun(order, queue_s, waiting.withdrawn)
-        self._report(BatchBegan(order.batch_id, engine.memory()))
+        self._report(BatchBegan(order.batch_id, engine.memory(), queue_s))
 
     def _step(self, engine: Engine) -> None:
         try:
@@ -280,7 +280,8 @@ class EngineThread:
         if report.ended:
             report = replace(report, ended=tuple(self._end(end) for end in report.ended))
             self._report(EngineStepped(report, engine.memory()))
-        elif report.tokens or report.left:
+        elif report.tokens or report.left or report.prefill_s:
+            # A chunk of a long prompt makes no token, but its time counts.
             self._forget_ended(report)
             self._report(EngineStepped(report, None if self._begun else engine.memory()))
 

@@ -2,11 +2,13 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.worker.core.events import BatchBegan
 from services.worker.engines.api import StepReport
 from shared.messages import SliceDone, WorkerMemory
 from shared.telemetry.metrics import BATCH_SIZES, LATENCY_SECONDS, TOKEN_SECONDS
 
 _LABELS = ("worker",)
+_LEASED = "of leases, between two reports,"
 
 
 class WorkerMetrics:
@@ -23,15 +25,23 @@ class WorkerMetrics:
             return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
 
         self.slices = counter("tranche_slices", "Batches and leases that ended.", "outcome")
-        self.batch_size = histogram("tranche_batch_size_requests", "Requests per batch.", _SIZES)
+        self.batch_size = histogram(
+            "tranche_batch_size_requests",
+            f"Requests per batch; {_LEASED} the most in one iteration.",
+            _SIZES,
+        )
         self.queue_wait = histogram(
             "tranche_worker_queue_seconds", "From an order's receipt to its start.", LATENCY_SECONDS
         )
         self.prefill = histogram(
-            "tranche_prefill_seconds", "Prefill of one batch.", LATENCY_SECONDS
+            "tranche_prefill_seconds",
+            f"Prefill of one batch; {_LEASED} what there was of it.",
+            LATENCY_SECONDS,
         )
         self.decode = histogram(
-            "tranche_decode_seconds", "All decode iterations of one batch.", LATENCY_SECONDS
+            "tranche_decode_seconds",
+            f"All decode iterations of one batch; {_LEASED} those there were.",
+            LATENCY_SECONDS,
         )
         self.iteration = histogram(
             "tranche_iteration_seconds", "One iteration of the engine.", TOKEN_SECONDS
@@ -66,22 +76,32 @@ class WorkerMetrics:
             self._steps[worker] = found
         return found
 
+    def on_began(self, worker: str, began: BatchBegan) -> None:
+        """Count an order's wait for the engine."""
+        self.queue_wait.labels(worker).observe(began.queue_s)
+
     def on_slice(self, worker: str, done: SliceDone) -> None:
         """Count one batch that ended, or was refused."""
         outcome = "refused" if done.refused else "done"
         self.slices.labels(worker, outcome).inc()
         if done.refused:
             return
-        timings = done.timings
-        self.batch_size.labels(worker).observe(timings.batch_size)
-        self.queue_wait.labels(worker).observe(timings.queue_s)
-        self.prefill.labels(worker).observe(timings.prefill_s)
-        self.decode.labels(worker).observe(timings.decode_s)
+        self.batch_size.labels(worker).observe(done.timings.batch_size)
+        self.prefill.labels(worker).observe(done.timings.prefill_s)
+        self.decode.labels(worker).observe(done.timings.decode_s)
         self.invalid_tokens.labels(worker).inc(sum(r.invalid_tokens for r in done.results))
         self.pad_tokens.labels(worker).inc(sum(r.pad_tokens for r in done.results))
 
     def on_leases(self, worker: str, done: SliceDone) -> None:
-        """Count the leased requests that are not here any more."""
+        """Count the leased requests that are not here any more, and the iterations since the last
+        report. Not every report has some of prefill and of decode."""
+        timings = done.timings
+        if timings.batch_size:
+            self.batch_size.labels(worker).observe(timings.batch_size)
+        if timings.prefill_s:
+            self.prefill.labels(worker).observe(timings.prefill_s)
+        if timings.decode_s:
+            self.decode.labels(worker).observe(timings.decode_s)
         for result in done.results:
             if not result.resident:
                 finished = "done" if result.finish_reason else "parked"

@@ -16,7 +16,14 @@ from collections.abc import Iterable
 
 import msgspec
 
-from services.worker.core.events import Event, Reconnected, StopWanted, TokensNotSent, TokensSent
+from services.worker.core.events import (
+    BatchBegan,
+    Event,
+    Reconnected,
+    StopWanted,
+    TokensNotSent,
+    TokensSent,
+)
 from services.worker.core.worker import BEAT_S
 from services.worker.metrics import WorkerMetrics
 from services.worker.pretend_member import Member, Outgoing
@@ -99,7 +106,9 @@ class Host:
         numbers = range(1, settings.pretend_workers + 1)
         ids = {number: hosted_worker(self._host, number) for number in numbers}
         self._members = {
-            worker: Member(worker, hosted_worker(settings.name, number), settings, TICK_S)
+            worker: Member(
+                worker, hosted_worker(settings.name, number), settings, TICK_S, self._on_began
+            )
             for number, worker in ids.items()
         }
         self._line_of = {worker: self._lines[number % LINES] for number, worker in ids.items()}
@@ -258,6 +267,9 @@ class Host:
             self._ends.popitem(last=False)
         made = sum(count(run.ids) for run in batch.runs)
         self._metrics.output_tokens.labels(self._name).inc(made)
+
+    def _on_began(self, began: BatchBegan) -> None:
+        self._metrics.on_began(self._name, began)
 
     def _note_result(self, done: SliceDone) -> None:
         if done.refused:

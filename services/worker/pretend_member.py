@@ -8,8 +8,10 @@ to be sent.
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 
 from services.worker.core.events import (
+    BatchBegan,
     CancelRequest,
     Command,
     Event,
@@ -33,9 +35,18 @@ Outgoing = TokenBatch | SliceDone | WorkerBeat
 class Member:
     """See the module's text. All times are monotonic seconds."""
 
-    def __init__(self, worker: str, name: str, settings: WorkerSettings, tick_s: float) -> None:
-        """`worker` is its id, `tick_s` how often the host calls. Raises SetupError."""
+    def __init__(
+        self,
+        worker: str,
+        name: str,
+        settings: WorkerSettings,
+        tick_s: float,
+        began: Callable[[BatchBegan], None],
+    ) -> None:
+        """`worker` is its id, `tick_s` how often the host calls, `began` hears of each order that
+        the engine takes in. Raises SetupError."""
         self.worker = worker
+        self._began = began
         self._clock = AgendaClock(settings.simulated_speed, tick_s)
         own = settings.model_copy(update={"name": name})
         self._engine: SimulatedEngine = make_simulated(own, self._clock)
@@ -92,7 +103,10 @@ class Member:
     def _take_reports(self, now: float) -> list[Outgoing]:
         out: list[Outgoing] = []
         while self._reports:
-            out += self._perform(self._core.handle(self._reports.popleft(), now))
+            report = self._reports.popleft()
+            if isinstance(report, BatchBegan):
+                self._began(report)
+            out += self._perform(self._core.handle(report, now))
         return out
 
     def _perform(self, commands: list[Command]) -> list[Outgoing]:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 
 from services.worker.core.events import (
+    BatchBegan,
     CancelRequest,
     Command,
     EngineStepped,
@@ -200,6 +201,8 @@ class _Shell:
                     continue
                 if isinstance(event, EngineStepped):
                     self._metrics.on_step(self._settings.name, event.report)
+                elif isinstance(event, BatchBegan):
+                    self._metrics.on_began(self._settings.name, event)
                 self._perform(core.handle(event, self._loop.time()), engine, tasks)
             now = self._loop.time()
             self._perform(core.wake(now), engine, tasks)

@@ -100,6 +100,46 @@ async def test_leases_renewals_and_the_end(mesh: Mesh) -> None:
     assert mesh.registry.get_sample_value("tranche_slices_total", slices) == 1
 
 
+async def test_metrics_count_every_iteration_of_a_long_prompt(
+    any_bus_url: str, llama: Path
+) -> None:
+    """Also those of the chunks before the last, which make no token."""
+
+    async def connect() -> Bus:
+        bus = make_bus(any_bus_url, service="test")
+        await bus.open()
+        return bus
+
+    settings = WorkerSettings(
+        model=str(llama),
+        engine="paged",
+        name="w",
+        kv_tokens=2_000,
+        torch_threads=1,
+        device="cpu",
+        prefill_chunk_tokens=8,
+    )
+    spec = make_spec("a", range(10, 50), max_tokens=10, sampling=NOT_SOON)
+    async with a_mesh(connect, settings) as mesh:
+        await mesh.say(leases(make_order(spec, 10)))
+        await mesh.until(lambda: told(mesh, "a") and not told(mesh, "a")[-1].resident)
+        timings = [done.timings for done in mesh.results]
+        prefill_s = sum(each.prefill_s for each in timings)
+        decode_s = sum(each.decode_s for each in timings)
+
+        def value(name: str) -> float | None:
+            return mesh.registry.get_sample_value(f"tranche_{name}", {"worker": "w"})
+
+        assert sum(each.iterations for each in timings) == 40 // 8 + 9
+        assert value("iteration_seconds_count") == 40 // 8 + 9
+        assert value("iteration_seconds_sum") == pytest.approx(prefill_s + decode_s)
+        assert value("prefill_seconds_sum") == pytest.approx(prefill_s)
+        assert value("decode_seconds_sum") == pytest.approx(decode_s)
+        assert min(prefill_s, decode_s) > 0
+        assert value("batch_size_requests_sum") == value("batch_size_requests_count") > 0
+        assert value("worker_queue_seconds_count") == 1
+
+
 async def test_parking_and_going_on_elsewhere(mesh: Mesh) -> None:
     """The other worker is this one again: text depends on nothing but the seed."""
     spec = make_spec("a", max_tokens=60, sampling=NOT_SOON)

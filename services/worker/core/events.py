@@ -43,10 +43,12 @@ class BatchRefused:
 
 @dataclass(frozen=True, slots=True)
 class BatchBegan:
-    """The engine took this batch in."""
+    """The engine took this batch, or these leases, in."""
 
     batch_id: str
     memory: WorkerMemory
+    queue_s: float = 0.0
+    """From the order's receipt."""
 
 
 @dataclass(frozen=True, slots=True)
