@@ -17,18 +17,19 @@ def tranche_replay(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.parametrize(("policy", "unlike"), [("past-future", "ils"), ("scls", "sls")])
 def test_a_live_journal_replays_to_the_same_decisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: str, unlike: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "journal"
     monkeypatch.setenv("TRANCHE_SCHEDULER_JOURNAL", str(journal))
-    with live_mesh(workers=2, slice_tokens=4) as mesh:
+    with live_mesh(workers=2, slice_tokens=4, policy=policy) as mesh:
         ask_all(mesh.url, [Question((1, 5, number), 20) for number in range(6, 18)])
     same = tranche_replay(str(journal))
     assert same.returncode == 0, same.stderr
     assert "every decision the same" in same.stdout
     assert int(same.stdout.split()[0]) > 30
-    other = tranche_replay(str(journal), "--policy", "sls")
+    other = tranche_replay(str(journal), "--policy", unlike)
     assert other.returncode == 3, other.stderr
     assert "RunSlice" in other.stdout
 
