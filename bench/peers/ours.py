@@ -26,8 +26,13 @@ class OursOptions:
     """TRANCHE_<SERVICE>_<NAME> for all our processes."""
 
     def environment(self) -> dict[str, str]:
-        """Float32 and one thread for the worker, unless told otherwise."""
-        defaults = {"TRANCHE_WORKER_DTYPE": "float32", "TRANCHE_WORKER_TORCH_THREADS": "1"}
+        """Float32, one thread and 1 GiB of KV (as vLLM gets) for the worker, unless told
+        otherwise."""
+        defaults = {
+            "TRANCHE_WORKER_DTYPE": "float32",
+            "TRANCHE_WORKER_TORCH_THREADS": "1",
+            "TRANCHE_WORKER_KV_TOKENS": "65536",
+        }
         return defaults | dict(self.env)
 
 

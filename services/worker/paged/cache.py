@@ -45,9 +45,10 @@ class KvCache:
         self.block_tokens = block_tokens
         self.dtype = dtype
         self.device = device
-        self.layers = tuple(
-            self._layer(shape, blocks * block_tokens, dtype, device) for shape in shapes
-        )
+        self.spare_slot = blocks * block_tokens
+        """On CUDA: the first slot of a block that no sequence has, for rows that only fill up."""
+        slots = (blocks + (device.type == "cuda")) * block_tokens
+        self.layers = tuple(self._layer(shape, slots, dtype, device) for shape in shapes)
 
     def save(self, block: int) -> SavedBlock:
         """Copy a block to host memory."""

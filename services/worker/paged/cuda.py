@@ -37,17 +37,17 @@ class VarlenAttention:
     def __init__(self, cache: KvCache) -> None:
         from torch.nn.attention.varlen import varlen_attn
 
-        self._cache = cache
+        self.cache = cache
         self._varlen = varlen_attn
 
     def begin(self, iteration: Iteration) -> None:
         """Copy the iteration's shape to the device: one sequence per single row or chunk."""
-        device, single = self._cache.device, iteration.single
+        device, single = self.cache.device, iteration.single
         seats = [*iteration.seats[:single].tolist(), *(c.seat for c in iteration.chunks)]
         used = [*iteration.contexts[:single].tolist(), *(c.context for c in iteration.chunks)]
         ends = [*range(1, single + 1), *(c.end for c in iteration.chunks)]
         longest = max(used)
-        blocks = -(-longest // self._cache.block_tokens)
+        blocks = -(-longest // self.cache.block_tokens)
 
         def on_device(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
@@ -58,6 +58,14 @@ class VarlenAttention:
         self._table = torch.from_numpy(iteration.tables[seats, :blocks]).to(device)
         self._rows_max = max([1, *(c.end - c.begin for c in iteration.chunks)])
         self._context_max = longest
+
+    def hold(self, slots: Tensor, used: Tensor, table: Tensor, context_max: int) -> None:
+        """In the place of `begin`: single rows only, whose inputs lie on the device and may change
+        there (CUDA graphs). slots, used: [rows]; table: [rows, blocks]."""
+        rows = len(slots)
+        self._slots, self._used, self._table = slots, used, table
+        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=slots.device)
+        self._rows_max, self._context_max = 1, context_max
 
     def attend(
         self,
@@ -72,7 +80,7 @@ class VarlenAttention:
     ) -> Tensor:
         """See Attention."""
         assert not cap, "flash attention of torch has no softcap"
-        cache, size = self._cache.layers[layer], self._cache.block_tokens
+        cache, size = self.cache.layers[layer], self.cache.block_tokens
         cache.keys[self._slots] = keys
         cache.values[self._slots] = values
         found = self._varlen(

@@ -92,15 +92,23 @@ class TransformersNetwork:
     def forward(self, iteration: Iteration, attention: Attention) -> Tensor:
         """See Network."""
         attention.begin(iteration)
-        self._slot[0] = attention
         ids = torch.from_numpy(iteration.ids).to(self._device)
         positions = torch.from_numpy(iteration.positions).to(self._device)
         wanted = torch.from_numpy(iteration.wanted).to(self._device)
-        options = {"logits_to_keep": wanted} if self._keeps_logits else {}
+        if self._keeps_logits:
+            return self.run(ids, positions, attention, logits_to_keep=wanted)
+        return self.run(ids, positions, attention)[wanted]
+
+    def run(
+        self, ids: Tensor, positions: Tensor, attention: Attention, **options: Tensor
+    ) -> Tensor:
+        """Logits [rows, vocabulary] of ids and positions [rows] on the device, with an attention
+        that knows the iteration already."""
+        self._slot[0] = attention
         logits: Tensor = self._network(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, **options
         ).logits[0]
-        return logits if self._keeps_logits else logits[wanted]
+        return logits
 
 
 def check_prompt(vocabulary: int) -> list[int]:

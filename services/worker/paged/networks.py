@@ -18,7 +18,7 @@ from services.worker.paged.network import (
     reference_logits,
 )
 
-CHECK_BLOCK = 8
+CHECK_BLOCK = 16
 INT8_TOLERANCE = 0.25
 """Weights of 8 bits are another model; this only tells that it is no nonsense."""
 
@@ -32,6 +32,10 @@ def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -
         if fused is not None:
             return fused
     network = TransformersNetwork(model)
+    if model.device.type == "cuda":
+        graphed = _graphed(network, model, reference, tolerance)
+        if graphed is not None:
+            return graphed
     if model.device.type == "cpu":
         from services.worker.paged.linears import pack_layers, plain_fits
 
@@ -45,6 +49,25 @@ def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -
             "the largest); use --engine padded"
         )
     return network
+
+
+def _graphed(
+    network: TransformersNetwork, model: LoadedModel, reference: Tensor, tolerance: float
+) -> Network | None:
+    from services.worker.paged.graphs import GraphedNetwork
+
+    graphed = GraphedNetwork(network, model.context_tokens_max)
+    try:
+        off = check(graphed, model, reference)
+    except RuntimeError as error:
+        structlog.get_logger().warning("paged.no_graphs", reason=str(error))
+        return None
+    if off > tolerance:
+        structlog.get_logger().warning(
+            "paged.no_graphs", reason=f"logits are off by {off:.1e} of the largest"
+        )
+        return None
+    return graphed
 
 
 def _fused(
