@@ -42,8 +42,9 @@ Answers are those of the tables below, of the preset's own form. `sal+larry` is 
 Two forms of running a slice. `closed`: a padded batch that starts and ends together, as in SLS and
 SCLS. `leased`: each request has a lease of so many tokens in a batch that is continuous at
 iteration level; its KV stays on the worker between leases, and the next lease comes before the
-last is used up. An engine says which forms it runs (`padded`: closed; `simulated`: both), and a
-policy that does not fit is refused with advice.
+last is used up. An [engine](engines.md) says which forms it runs (`paged`, `vllm`: leased;
+`padded`: closed; `simulated`: both). `tranche serve` picks the engine that goes with a policy, and
+the policy that goes with an engine; a pair that does not fit is refused with advice.
 
 Tags: [M] recollected from memory of a source and not confirmed, [R] our reconstruction of what a
 source leaves open, [C] read in the named system's code, [A] read in an abstract, [S] from a
