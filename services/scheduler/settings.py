@@ -52,7 +52,8 @@ class SchedulerSettings(ServiceSettings):
     interval_s: float = Field(default=0.25, ge=0)
     """Between rounds of ab and lb."""
     gather_s: float = Field(default=0.003, ge=0)
-    """How long the first of several arrivals waits for the others, before a round."""
+    """How long the first of several arrivals waits for the others, before a round of closed batches;
+    leases wait for nobody unless this is set."""
     spread_batches: bool = True
     """Split batches until every idle worker has one; without it, as in the papers, a mesh with
     few requests leaves workers idle."""
@@ -92,6 +93,8 @@ class SchedulerSettings(ServiceSettings):
         live = {name: getattr(self, name) for name in LIVE}
         if "slice_tokens" not in self.model_fields_set:
             live["ample_slice_tokens"] = AMPLE_SLICE_TOKENS
+        if self.preset().form == "leased" and "gather_s" not in self.model_fields_set:
+            live["gather_s"] = 0.0  # nothing is batched here that could be waited for
         told = {name: live[name] for name in LIVE if name in self.model_fields_set}
         constants = self.preset().with_constants(**{**live, **self.preset().constants, **told})
         return with_overrides(constants, self.set)
