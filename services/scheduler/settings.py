@@ -52,7 +52,7 @@ class SchedulerSettings(ServiceSettings):
     interval_s: float = Field(default=0.25, ge=0)
     """Between rounds of ab and lb."""
     gather_s: float = Field(default=0.003, ge=0)
-    """How long the first of several arrivals waits for the others, before a round of closed batches;
+    """How long the first of several arrivals waits for the others before a round of closed batches;
     leases wait for nobody unless this is set."""
     spread_batches: bool = True
     """Split batches until every idle worker has one; without it, as in the papers, a mesh with
