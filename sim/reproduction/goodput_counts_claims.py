@@ -1,10 +1,9 @@
 """What plain counts say of Past-Future: strictly, and within what the runs can tell."""
 
-from math import sqrt
-from statistics import fmean, median
+from statistics import median
 
 from sim.reproduction.goodput_claims import ENOUGH
-from sim.reproduction.goodput_estimates import Estimates, Point, mean_ratio
+from sim.reproduction.goodput_estimates import Estimates, Point, error_by_seeds, mean_ratio
 from sim.reproduction.section import Check
 
 SURE = 2.0
@@ -43,13 +42,22 @@ def _strictly(estimates: Estimates, low: list[Point], surely: list[Point]) -> Ch
 
 
 def _within_noise(estimates: Estimates, surely: list[Point]) -> Check:
-    count = len(estimates.points)
+    points, count = estimates.points, len(estimates.points)
+    needed = ENOUGH / (1 + SURE * median(p.error / p.ratio for p in points))
+    also, by_seeds = "", error_by_seeds(points)
+    if by_seeds is not None:
+        smaller = sum(p.ratio * (1 + SURE * by_seeds) < ENOUGH for p in points)
+        also = (
+            f"; with the error by seeds, {100 * by_seeds:.1f} %, {smaller}, and there a ratio "
+            f"below {ENOUGH / (1 + SURE * by_seeds):.2f} would be needed"
+        )
     return Check(
         claim=f"The same, but for what chance explains: no point is below {ENOUGH}x by more than "
         f"{SURE:.0f} standard errors of the ratio",
         source="ours",
         wanted=f"none of {count} points",
-        got=f"{len(surely)} of {count}",
+        got=f"{len(surely)} of {count} (at most points a ratio below {needed:.2f} would be needed)"
+        f"{also}",
         holds=not surely,
         why="; ".join(map(said, surely)),
     )
@@ -59,8 +67,8 @@ def _how_noisy(estimates: Estimates) -> Check:
     """What the runs can tell, and whether parts of a run and seeds agree on it."""
     points = estimates.points
     mean, error = mean_ratio(points)
-    seeds = [e for point in points if (e := point.error_by_seeds) is not None]
-    by_seeds = f"{100 * sqrt(fmean(e * e for e in seeds)):.1f} %" if seeds else "one seed only"
+    by_seeds = error_by_seeds(points)
+    of_seeds = "not known" if by_seeds is None else f"{100 * by_seeds:.1f} % (root mean square)"
     above = sum(point.ratio >= 1 for point in points)
     return Check(
         claim="The mean of these ratios, and the standard error of one",
@@ -69,7 +77,7 @@ def _how_noisy(estimates: Estimates) -> Check:
         got=f"mean {mean:.3f}x +- {error:.3f}, {above} of {len(points)} at 1 or above; standard "
         f"error of a ratio {100 * median(p.error for p in points):.1f} % in the middle, "
         f"{100 * max(p.error for p in points):.1f} % at most; by the difference of two seeds "
-        f"instead: {by_seeds} (root mean square)",
+        f"instead: {of_seeds}",
         holds=None,
         why="the best of several baselines is also the luckiest of those that are close, which "
         "makes the mean a little too small",

@@ -6,7 +6,7 @@ from sim.reproduction.goodput_estimates import Estimates
 from sim.reproduction.section import Table
 
 TEXT = f"""\
-The part before measures goodput by work, which its authors came to on the way. Here is the plain
+The part before measures goodput by work, which we came to on the way. Here is the plain
 count of requests within the SLA per second, on the same grid of four length sets and seven numbers
 of clients, with the same server, limits and one Past-Future setting. Past-Future is compared with
 the best of five baselines; conservative 100 % and 12,000 are left out, since they are nowhere ahead
@@ -17,8 +17,9 @@ synthetic sets, and other orders of ShareGPT-o1's.
 **The noise.** Each run's time is cut into five equal parts, and the standard error of a rate is
 that of the mean of all ten parts' rates. Parts of a run are not quite independent: long requests
 that end just after one part make the next one's count larger, so this is rather too large than too
-small; what the two seeds differ by says the same thing in another way. The error of a ratio takes
-both rates as independent.
+small. The error of a ratio takes both rates as independent. What the two seeds differ by says the
+same thing in another way; that it is smaller was seen afterwards, and the second statement is also
+shown with it.
 
 **The rules** were fixed before these runs were made: the first statement asks whether every ratio
 is at least {ENOUGH}, as it comes; the second whether any is below that by more than two standard

@@ -89,6 +89,13 @@ def estimate(runs: Sequence[Result]) -> Estimate:
     )
 
 
+def error_by_seeds(points: Sequence[Point]) -> float | None:
+    """Of a ratio, relative, from what two seeds differ by: the root mean square over the points,
+    but for those where both policies did exactly the same."""
+    errors = [e for point in points if (e := point.error_by_seeds)]
+    return sqrt(fmean(e * e for e in errors)) if errors else None
+
+
 def mean_ratio(points: Sequence[Point]) -> tuple[float, float]:
     """The mean of the ratios and its standard error, if the points are independent."""
     return fmean(p.ratio for p in points), hypot(*(p.error for p in points)) / len(points)

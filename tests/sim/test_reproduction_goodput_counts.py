@@ -7,7 +7,7 @@ import pytest
 
 from sim.reproduction import goodput, goodput_counts
 from sim.reproduction.goodput_counts_claims import claims
-from sim.reproduction.goodput_estimates import Estimates, estimate, mean_ratio
+from sim.reproduction.goodput_estimates import Estimates, error_by_seeds, estimate, mean_ratio
 from sim.reproduction.goodput_runs import PAST_FUTURE, SETS, Result, Task
 
 STRONG, WEAK = "aggressive 90 %", "aggressive 99 %"
@@ -96,8 +96,19 @@ def test_seeds_that_differ_tell_of_the_noise_too() -> None:
     runs += [result(STRONG, 1.0, seed=seed) for seed in rates]
     (point,) = Estimates(runs).points
     assert point.error_by_seeds == pytest.approx(0.0953, abs=1e-4)  # ln(1.21) / 2
+    assert error_by_seeds([point]) == point.error_by_seeds
     (alone,) = Estimates([runs[0], runs[2]]).points
-    assert alone.error_by_seeds is None
+    assert alone.error_by_seeds is error_by_seeds([alone]) is None
+
+
+def test_a_point_that_seeds_alone_call_low_is_told() -> None:
+    """The parts' error of 0.04 hides it; seeds that agree do not."""
+    rates = {1: 0.94, 2: 0.942}
+    runs = [result(PAST_FUTURE, rate, 0.1, seed) for seed, rate in rates.items()]
+    said = claims(Estimates(runs + [result(STRONG, 1.0, 0.1, seed) for seed in rates]))[1]
+    assert said.holds is True
+    assert said.got.startswith("0 of 1")
+    assert "with the error by seeds, 0.1 %, 1," in said.got
 
 
 def test_the_whole_grid_is_run_with_every_seed_and_every_run_is_longer_alike() -> None:
