@@ -27,6 +27,8 @@ class Panel:
     queries: tuple[Query, ...]
     text: str = ""
     """What one sees there; shown at the title."""
+    closed_only: bool = False
+    """Empty while the policy is one of leases; the title says so."""
 
 
 def rate(counter: str, legend: str) -> Query:
@@ -125,7 +127,12 @@ BOARD: dict[str, tuple[Panel, ...]] = {
             quantiles("tranche_pool_wait_seconds"),
             "Before each slice, until the scheduler gives it to a worker.",
         ),
-        Panel("Wait in the worker", "s", quantiles("tranche_worker_queue_seconds")),
+        Panel(
+            "Wait in the worker",
+            "s",
+            quantiles("tranche_worker_queue_seconds"),
+            "From an order's receipt until the engine takes it in.",
+        ),
         Panel("Token return", "s", quantiles("tranche_gateway_token_return_seconds")),
         Panel(
             "Wait in broker queues, p95", "s", (p95_by("tranche_bus_queue_wait_seconds", "queue"),)
@@ -139,10 +146,12 @@ BOARD: dict[str, tuple[Panel, ...]] = {
             "The core's own time for one event.",
         ),
         Panel(
-            "Error of the estimated slice time",
+            "Error of the estimated slice time (closed batches)",
             "percentunit",
             quantiles("tranche_slice_time_error_ratio"),
-            "Distance between estimate and measurement, as a share of the measurement.",
+            "Distance between estimate and measurement, as a share of the measurement. Nobody "
+            "estimates the time of a lease.",
+            closed_only=True,
         ),
         Panel(
             "Predicted wait", "s", (("max(tranche_predicted_wait_seconds)", "of a request now"),)
@@ -173,8 +182,13 @@ BOARD: dict[str, tuple[Panel, ...]] = {
     ),
     "Workers": (
         Panel("Workers that may be given work", "short", (("sum(tranche_workers)", "workers"),)),
-        Panel("Batches ended", "ops", (rate_by("tranche_slices_total", "worker"),)),
-        Panel("Batch size", "short", (mean_by("tranche_batch_size_requests", "worker"),)),
+        Panel("Batches and leases ended", "ops", (rate_by("tranche_slices_total", "worker"),)),
+        Panel(
+            "Batch size",
+            "short",
+            (mean_by("tranche_batch_size_requests", "worker"),),
+            "Requests in a closed batch; of leases, the most in one iteration between two reports.",
+        ),
         Panel(
             "KV cache in use",
             "percentunit",

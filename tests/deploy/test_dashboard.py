@@ -27,12 +27,8 @@ SCRAPES = 4
 VARIABLES = {"$__rate_interval": "15s", "$__interval": "5s"}
 METRIC = re.compile(r"\b(?:tranche_|rabbitmq_|process_|vllm:)\w+")
 SUFFIX = re.compile(r"_(bucket|sum|count|total)$")
-QUERIES = [
-    pytest.param(expression, id=f"{panel.title}-{number}")
-    for panels in BOARD.values()
-    for panel in panels
-    for number, (expression, _) in enumerate(panel.queries)
-]
+POLICIES = {"closed": "scls", "leased": None}
+"""Of a mesh for each form of slices; leases are the default."""
 VLLM_NAMES = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -50,11 +46,22 @@ VLLM_NAMES = (
 """What dashboards and autoscalers made for vLLM ask for."""
 
 
-@pytest.fixture(scope="module")
-def mesh_url() -> Iterator[str]:
-    """A mesh with two workers, under a light load."""
+def queries(*, closed_only: bool) -> list[Any]:
+    """Those of the panels that only closed batches fill, or the others."""
+    return [
+        pytest.param(expression, id=f"{panel.title}-{number}")
+        for panels in BOARD.values()
+        for panel in panels
+        for number, (expression, _) in enumerate(panel.queries)
+        if panel.closed_only == closed_only
+    ]
+
+
+@contextlib.contextmanager
+def busy_mesh(policy: str | None) -> Iterator[str]:
+    """The URL of a mesh with two workers, under a light load."""
     stop = threading.Event()
-    with live_mesh(workers=2) as mesh:
+    with live_mesh(workers=2, policy=policy) as mesh:
         load = threading.Thread(target=keep_asking, args=(mesh.url, stop))
         load.start()
         try:
@@ -64,12 +71,14 @@ def mesh_url() -> Iterator[str]:
             load.join()
 
 
-@pytest.fixture(scope="module")
-def prometheus(mesh_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Has scraped the mesh, and the broker's recorded metrics, a few times."""
-    with recorded_broker() as broker:
+@pytest.fixture(scope="module", params=POLICIES)
+def prometheus(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """Has scraped a mesh of this form, and the broker's recorded metrics, a few times."""
+    with busy_mesh(POLICIES[request.param]) as url, recorded_broker() as broker:
         jobs = {
-            "gateway": (mesh_url.removeprefix("http://"), "/metrics"),
+            "gateway": (url.removeprefix("http://"), "/metrics"),
             "rabbitmq": (broker, "/metrics"),
         }
         with Prometheus(tmp_path_factory.mktemp("prometheus"), jobs) as server:
@@ -82,8 +91,19 @@ def prometheus(mesh_url: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
             yield server
 
 
-@pytest.mark.parametrize("expression", QUERIES)
+@pytest.mark.parametrize("expression", queries(closed_only=False))
 def test_every_query_has_data(prometheus: Prometheus, expression: str) -> None:
+    has_data(prometheus, expression)
+
+
+@pytest.mark.parametrize("prometheus", ["closed"], indirect=True, scope="module")
+@pytest.mark.parametrize("expression", queries(closed_only=True))
+def test_every_query_about_closed_batches_has_data(prometheus: Prometheus, expression: str) -> None:
+    has_data(prometheus, expression)
+
+
+def has_data(prometheus: Prometheus, expression: str) -> None:
+    """At least one series with a number."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     values = [float(series["value"][1]) for series in prometheus.query(expression)]
@@ -93,7 +113,7 @@ def test_every_query_has_data(prometheus: Prometheus, expression: str) -> None:
 def test_every_metric_of_the_dashboard_exists(prometheus: Prometheus) -> None:
     """`or vector(0)` gives data for a misspelt counter too."""
     families = prometheus.families().keys()
-    for query in QUERIES:
+    for query in queries(closed_only=False) + queries(closed_only=True):
         for name in METRIC.findall(str(query.values[0])):
             assert name in families or SUFFIX.sub("", name) in families, name
 
@@ -142,10 +162,10 @@ def test_prometheus_accepts_its_configuration() -> None:
 
 
 def keep_asking(url: str, stop: threading.Event) -> None:
-    """One short chat, stream or completion after the other."""
+    """A few short requests every half second; the cores are for whoever answers queries."""
     prompts = ("ROMEO:\n", "Now is the winter of our discontent")
     with httpx.Client(base_url=url, timeout=60) as client:
-        while not stop.is_set():
+        while not stop.wait(0.5):
             for prompt in prompts:
                 body = {"model": "demo_model", "prompt": prompt, "max_tokens": 12}
                 client.post("/v1/completions", json=body | {"stream": True}).raise_for_status()
