@@ -30,7 +30,7 @@ from services.worker.paged.attention import make_attention
 from services.worker.paged.cache import KvCache
 from services.worker.paged.iteration import lay_out
 from services.worker.paged.lease_memory import LeaseMemory
-from services.worker.paged.network import Network
+from services.worker.paged.network import Network, is_capped
 from services.worker.paged.networks import make_network
 from services.worker.paged.plan import Share, plan
 from services.worker.paged.pool import PoolExhausted
@@ -103,7 +103,9 @@ class PagedEngine:
                 f"{blocks * block_tokens} tokens of KV cannot be had ({error}); set kv_tokens or "
                 "kv_memory_share"
             ) from error
-        self._attention = make_attention(self._cache, torch.get_num_threads())
+        self._attention = make_attention(
+            self._cache, torch.get_num_threads(), capped=is_capped(model)
+        )
         self._leases = LeaseMemory(
             self._cache,
             blocks=blocks,

@@ -268,11 +268,11 @@ def kernels_fit(cache: KvCache) -> bool:
     return cache.device.type == "cpu" and cache.dtype in (torch.float32, torch.bfloat16)
 
 
-def make_attention(cache: KvCache, threads: int) -> Attention:
-    """The fastest that fits."""
+def make_attention(cache: KvCache, threads: int, *, capped: bool) -> Attention:
+    """The fastest that fits. `capped`: scores have a softcap."""
     if kernels_fit(cache):
         return KernelAttention(cache, threads)
-    if cache.device.type == "cuda":
+    if cache.device.type == "cuda" and not capped:
         from services.worker.paged.cuda import VarlenAttention, varlen_fits
 
         if varlen_fits(cache):

@@ -46,6 +46,11 @@ class GraphedNetwork:
         self._of: VarlenAttention | None = None
         self._graphs: dict[int, _Graph] = {}
 
+    @property
+    def recorded(self) -> bool:
+        """Something has run as a graph."""
+        return bool(self._graphs)
+
     def forward(self, iteration: Iteration, attention: Attention) -> Tensor:
         """See Network."""
         rows = len(iteration.ids)

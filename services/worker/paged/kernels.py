@@ -9,8 +9,10 @@ KV lies as [slots, heads, size]; slot = block x block_tokens + place in the bloc
 PyTorch's own paged attention on CUDA wants it.
 """
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,22 @@ from numba import njit, types
 from numba.extending import overload
 
 F32 = np.float32
-_OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy", "cache": True}
+
+
+def _may_cache() -> bool:
+    """numba refuses to cache where it finds no folder that it may write to; then kernels are
+    compiled at each start, which takes some seconds."""
+    own = Path(__file__).parent
+    places = (own / "__pycache__" if (own / "__pycache__").exists() else own, Path.home())
+    return "NUMBA_CACHE_DIR" in os.environ or any(os.access(place, os.W_OK) for place in places)
+
+
+_OPTIONS: dict[str, Any] = {
+    "fastmath": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "cache": _may_cache(),
+}
 LOG2_E = F32(1.4426950408889634)
 LN2_HIGH = F32(0.693359375)
 LN2_LOW = F32(-2.12194440e-4)

@@ -111,6 +111,12 @@ class TransformersNetwork:
         return logits
 
 
+def is_capped(model: LoadedModel) -> bool:
+    """Whether its attention scores have a softcap, which not every attention knows."""
+    config = model.network.config.get_text_config()
+    return bool(getattr(config, "attn_logit_softcapping", None))
+
+
 def check_prompt(vocabulary: int) -> list[int]:
     """Token ids of every part of the vocabulary."""
     return [(7 + 7919 * i) % vocabulary for i in range(CHECK_TOKENS)]

@@ -14,6 +14,7 @@ from services.worker.paged.network import (
     Network,
     TransformersNetwork,
     check_prompt,
+    is_capped,
     largest_error,
     reference_logits,
 )
@@ -25,6 +26,8 @@ INT8_TOLERANCE = 0.25
 
 def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -> Network:
     """Raises ModelError if none agrees with the model."""
+    if int8 and model.device.type != "cpu":
+        raise ModelError("weights of int8 are for the CPU; use weights=auto")
     reference = reference_logits(model)
     tolerance = INT8_TOLERANCE if int8 else TOLERANCE.get(model.dtype, 1e-2)
     if fuse:
@@ -40,8 +43,6 @@ def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -
         from services.worker.paged.linears import pack_layers, plain_fits
 
         pack_layers(model.network, int8=int8, plain=plain_fits(model.network))
-    elif int8:
-        raise ModelError("weights of int8 are for the CPU; use weights=auto")
     error = check(network, model, reference)
     if error > tolerance:
         raise ModelError(
@@ -67,7 +68,7 @@ def _graphed(
             "paged.no_graphs", reason=f"logits are off by {off:.1e} of the largest"
         )
         return None
-    return graphed
+    return graphed if graphed.recorded else None
 
 
 def _fused(
@@ -97,7 +98,7 @@ def check(network: Network, model: LoadedModel, reference: Tensor) -> float:
     cache = KvCache(
         model.kv_shapes, model.dtype, model.device, blocks=blocks, block_tokens=CHECK_BLOCK
     )
-    attention = make_attention(cache, 1)
+    attention = make_attention(cache, 1, capped=is_capped(model))
     tables: Ints = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int().numpy()
     ids = check_prompt(model.vocabulary_size)
     worst, begin = 0.0, 0
