@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 F32 = np.float32
 
@@ -40,6 +41,11 @@ LOG2_E = F32(1.4426950408889634)
 LN2_HIGH = F32(0.693359375)
 LN2_LOW = F32(-2.12194440e-4)
 """ln 2 in two parts, and the polynomial of Cephes' expf (Moshier): error 2e-7."""
+CACHE_LINE = 64
+"""Bytes."""
+AHEAD = 8
+"""Tokens whose KV is fetched before its turn: blocks lie anywhere, so the processor does not
+foresee them (a fifth to a third of the time of 32 sequences of 215 tokens)."""
 LOWEST = F32(-87.0)
 """exp of less is 0 in float32."""
 
@@ -87,6 +93,30 @@ def _store_typed(x, like):  # type: ignore[no-untyped-def]
     return narrowed
 
 
+@intrinsic
+def _fetch(_context, address):  # type: ignore[no-untyped-def]
+    """Have the cache line at this address brought in, without waiting for it."""
+
+    def generate(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        where = builder.inttoptr(arguments[0], pointer)
+        builder.call(fetch, [where, number(0), number(3), number(1)])  # to read, to L1, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(**_OPTIONS)
+def _fetch_ahead(start, slot_bytes, block_tokens, table, j, context):  # type: ignore[no-untyped-def]
+    """Of the token AHEAD of this one, in the keys or values that begin at address `start`."""
+    n = min(j + AHEAD, context - 1)
+    slot = table[n // block_tokens] * block_tokens + n % block_tokens
+    for line in range(0, slot_bytes, CACHE_LINE):
+        _fetch(start + slot * slot_bytes + line)
+
+
 @lru_cache(maxsize=64)
 def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]:
     """attend(q, keys, values, block_tokens, tables, seats, contexts, window, scale, cap, out,
@@ -104,6 +134,8 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
     ):
         kv_heads = keys.shape[1]
         heads = kv_heads * group
+        first_key, key_bytes = keys.ctypes.data, keys.strides[0]
+        first_value, value_bytes = values.ctypes.data, values.strides[0]
         longest = 1
         for row in range(begin, end):
             longest = max(longest, contexts[row])
@@ -115,6 +147,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
             table = tables[seats[row]]
             for j in range(first, context):
                 slot = table[j // block_tokens] * block_tokens + j % block_tokens
+                _fetch_ahead(first_key, key_bytes, block_tokens, table, j, context)
                 for head in range(kv_heads):
                     for g in range(0, group - 1, 2):
                         own = head * group + g
@@ -153,6 +186,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                     sums[head, d] = F32(0)
             for j in range(first, context):
                 slot = table[j // block_tokens] * block_tokens + j % block_tokens
+                _fetch_ahead(first_value, value_bytes, block_tokens, table, j, context)
                 for head in range(kv_heads):
                     for g in range(0, group - 1, 2):
                         own = head * group + g
