@@ -22,6 +22,8 @@ from shared.telemetry.setup import Telemetry
 
 SERVICES = ("gateway", "scheduler", "estimator", "worker")
 HARD_EXIT_CODE = 130
+CLOSE_S = 20.0
+"""After everything has ended its event loop may take this long to close."""
 _importing = threading.Lock()
 """One at a time: large packages that import each other from two threads may see each other half
 made."""
@@ -117,8 +119,21 @@ def run_until_signalled(main: Callable[[asyncio.Event], Awaitable[None]]) -> Non
             loop.add_signal_handler(number, _on_signal, stop)
         await main(stop)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    try:
         runner.run(with_signals())
+    finally:
+        # Seen twice in some thirty runs: uvloop waits in `close` for a handle that never ends.
+        guard = threading.Timer(CLOSE_S, _leave_unclosed)
+        guard.daemon = True
+        guard.start()
+        runner.close()
+        guard.cancel()
+
+
+def _leave_unclosed() -> None:
+    print("tranche: the event loop does not close, leaving at once", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(HARD_EXIT_CODE)
 
 
 def _on_signal(stop: asyncio.Event) -> None:

@@ -28,7 +28,7 @@ def test_a_live_journal_replays_to_the_same_decisions(
     same = tranche_replay(str(journal))
     assert same.returncode == 0, same.stderr
     assert "every decision the same" in same.stdout
-    assert int(same.stdout.split()[0]) > 30
+    assert int(same.stdout.split()[0]) >= 20
     other = tranche_replay(str(journal), "--policy", unlike)
     assert other.returncode == 3, other.stderr
     assert "RunSlice" in other.stdout
