@@ -66,8 +66,6 @@ class LeaseMemory:
         )
         self.token_cost, self.copy_cost = Cost(), Cost()
         """Of computing a token, and of copying a block in."""
-        self.shared_tokens = 0
-        """Tokens that were found instead of computed, since the start."""
 
     @property
     def tables(self) -> Ints:
@@ -158,7 +156,6 @@ class LeaseMemory:
 
     def _skip(self, sequence: Sequence, blocks: int) -> None:
         tokens = blocks * self._cache.block_tokens
-        self.shared_tokens += tokens - sequence.computed
         sequence.computed, sequence.published = tokens, blocks
 
     def _seat(self) -> int:
