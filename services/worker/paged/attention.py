@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from services.worker.paged.cache import KvCache
-from services.worker.paged.iteration import Chunk, Iteration
+from services.worker.paged.iteration import Chunk, Ints, Iteration
 
 
 class Attention(Protocol):
@@ -134,10 +134,17 @@ class KernelAttention:
         return out.to(query.dtype)
 
     def attend_joined(
-        self, layer: int, qkv: Tensor, heads: int, rotation: Rotation, scale: float, window: int
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        rotation: Rotation,
+        scale: float,
+        window: int,
+        only: Ints | None = None,
     ) -> Tensor:
         """Queries, keys and values in one [rows, (heads + 2 kv_heads) x size], neither normed nor
-        rotated; float32. They are changed in place."""
+        rotated; float32. They are changed in place. `only`: the answer is of these rows."""
         now, stored = self._now, self._cache.layers[layer]
         assert now is not None
         joined = qkv.numpy()
@@ -154,8 +161,14 @@ class KernelAttention:
             stored.keys_view,
             stored.values_view,
         )
-        parts = qkv.view(len(qkv), -1, stored.keys.shape[2])
-        kv_heads = stored.keys.shape[1]
+        kv_heads, size = stored.keys.shape[1:]
+        if only is not None:
+            out = torch.empty((len(only), heads, size))
+            self._attend_rows(
+                layer, joined[only], now.seats[only], now.contexts[only], scale, window, 0.0, out
+            )
+            return out
+        parts = qkv.view(len(qkv), -1, size)
         q, k, v = parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, -kv_heads:]
         return self._attend(layer, joined, q, k, v, scale, window, 0.0)
 
@@ -171,35 +184,58 @@ class KernelAttention:
         cap: float,
     ) -> Tensor:
         """Over KV that is written already. flat: the queries, [rows, heads x size or more]."""
-        now, stored = self._now, self._cache.layers[layer]
+        now = self._now
         assert now is not None
-        rows, heads, size = q.shape
+        rows, heads, _ = q.shape
         out = torch.empty((rows, heads, v.shape[2]))
-        if now.single:
-            kernel = self._kernels.attention(heads // k.shape[1], size, v.shape[2])
-            fixed = (
-                flat,
-                stored.keys_view,
-                stored.values_view,
-                self._cache.block_tokens,
-                now.tables,
-                now.seats,
-                now.contexts,
-                window,
-                np.float32(scale),
-                np.float32(cap),
-                out.numpy(),
-            )
-            if self._pool is None or now.single < 2:
-                kernel(*fixed, 0, now.single)
-            else:
-                bounds = np.linspace(0, now.single, self._threads + 1).astype(int).tolist()
-                list(self._pool.map(lambda b, e: kernel(*fixed, b, e), bounds[:-1], bounds[1:]))
+        single = slice(0, now.single)
+        self._attend_rows(
+            layer, flat, now.seats[single], now.contexts[single], scale, window, cap, out
+        )
         for chunk in now.chunks:
             out[chunk.begin : chunk.end] = attend_chunk(
                 self._cache, layer, now, chunk, q, k, v, scale, window, cap
             )
         return out
+
+    def _attend_rows(
+        self,
+        layer: int,
+        flat: Any,
+        seats: Ints,
+        contexts: Ints,
+        scale: float,
+        window: int,
+        cap: float,
+        out: Tensor,
+    ) -> None:
+        """The first rows of `flat` and `out`, one for each of `seats`, by the kernel."""
+        now, stored, rows = self._now, self._cache.layers[layer], len(seats)
+        assert now is not None
+        if not rows:
+            return
+        kv_heads = stored.keys.shape[1]
+        kernel = self._kernels.attention(
+            out.shape[1] // kv_heads, stored.keys.shape[2], out.shape[2]
+        )
+        fixed = (
+            flat,
+            stored.keys_view,
+            stored.values_view,
+            self._cache.block_tokens,
+            now.tables,
+            seats,
+            contexts,
+            window,
+            np.float32(scale),
+            np.float32(cap),
+            out.numpy(),
+        )
+        if self._pool is None or rows < 2:
+            kernel(*fixed, 0, rows)
+        else:
+            bounds = np.linspace(0, rows, self._threads + 1).astype(int).tolist()
+            list(self._pool.map(lambda b, e: kernel(*fixed, b, e), bounds[:-1], bounds[1:]))
 
 
 def attend_chunk(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from services.worker.models import LoadedModel
 from services.worker.paged import kernels
 from services.worker.paged.attention import Attention, KernelAttention, Rotation
-from services.worker.paged.iteration import Iteration
+from services.worker.paged.iteration import Ints, Iteration
 from services.worker.paged.linears import Fast, can_pack, pack, plain_fits
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,25 +92,36 @@ class FusedNetwork:
         attention.begin(iteration)
         ids = torch.from_numpy(iteration.ids)
         x = self._embedding[ids].float()
-        rows, width = x.shape
-        stream = x.numpy()
-        h = torch.empty((rows, width))
+        h = torch.empty_like(x)
         last = len(self._layers) - 1
-        kernels.normalize(stream, self._layers[0].norm_in, self._layers[0].eps, h.numpy())
+        kernels.normalize(x.numpy(), self._layers[0].norm_in, self._layers[0].eps, h.numpy())
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv.wide(h)
+            only = _only(iteration) if index == last else None
             found = attention.attend_joined(
-                index, qkv, self._heads, layer.rotation, layer.scale, layer.window
+                index, qkv, self._heads, layer.rotation, layer.scale, layer.window, only
             )
-            mixed = layer.out.wide(found.view(rows, -1))
-            kernels.add_and_normalize(stream, mixed.numpy(), layer.norm_mlp, layer.eps, h.numpy())
+            if only is not None:
+                x = x[torch.from_numpy(only)]
+                h = torch.empty_like(x)
+            mixed = layer.out.wide(found.flatten(1))
+            kernels.add_and_normalize(
+                x.numpy(), mixed.numpy(), layer.norm_mlp, layer.eps, h.numpy()
+            )
             both = layer.gate_up.wide(h)
-            inner = torch.empty((rows, both.shape[1] // 2))
+            inner = torch.empty((len(x), both.shape[1] // 2))
             kernels.gate(both.numpy(), inner.numpy())
             made = layer.down.wide(inner)
             following = self._layers[index + 1].norm_in if index < last else self._norm
-            kernels.add_and_normalize(stream, made.numpy(), following, layer.eps, h.numpy())
-        return self._head.wide(h[torch.from_numpy(iteration.wanted)])
+            kernels.add_and_normalize(x.numpy(), made.numpy(), following, layer.eps, h.numpy())
+        return self._head.wide(h if only is not None else h[torch.from_numpy(iteration.wanted)])
+
+
+def _only(iteration: Iteration) -> Ints | None:
+    """The rows that the last layer is wanted of; its keys and values are wanted of all. None: of so
+    many that a chunk's products are the better way."""
+    few = 2 * len(iteration.wanted) <= len(iteration.ids)
+    return iteration.wanted if few else None
 
 
 def _joined(linears: tuple[Any, ...], options: dict[str, bool]) -> Fast:
