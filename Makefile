@@ -1,6 +1,7 @@
 # What one does with a clone of this repository. Every target does its own set-up in .venv.
 #
 # For `make serve`:  PORT WORKERS POLICY ENGINE PROFILE MODEL BUS      For all:  PYTHON TORCH=cpu|cuda|auto
+# For `make chaos`:  SEEDS (20: the seeds 1 to 20; 7-9: these)  SECONDS_EACH
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,13 +17,15 @@ MODEL ?=
 BUS ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
+SEEDS ?= 20
+SECONDS_EACH ?= 180
 
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 export PYTHON TORCH VENV VLLM_VENV
 
-.PHONY: help serve test check format docs reproduce peers compose-test engine-vllm-test setup-serve setup-dev clean
+.PHONY: help serve test check format docs reproduce chaos peers compose-test engine-vllm-test setup-serve setup-dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -53,6 +56,9 @@ docs: setup-dev ## rewrite the documents that are made from the code
 
 reproduce: setup-dev ## the papers' tables in simulation, ours beside theirs: docs/reproduction.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sim.reproduction $(if $(ONLY),--only $(ONLY))
+
+chaos: setup-dev ## seeded storms of faults over a real mesh: SEEDS times SECONDS_EACH; docs/chaos.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.chaos --seeds $(SEEDS) --seconds $(SECONDS_EACH)
 
 peers: setup-dev ## the servers that `python -m bench.peers` compares with, into .peers (5 GB)
 	@deploy/setup/peers.sh

@@ -89,10 +89,11 @@ def run_batch(
     """Run one batch to its end; checks what every engine must keep to."""
     engine.start(order)
     reports = []
+    requests = made or {}
     while engine.busy:
         reports.append(engine.step())
         for tokens in reports[-1].tokens if made is not None else ():
-            request = made[tokens.request_id]
+            request = requests[tokens.request_id]
             assert tokens.position == len(request.ids)
             assert request.finish_reason is None, "a token after the end"
             request.ids += tokens.ids
@@ -104,7 +105,7 @@ def run_batch(
     assert [end.batch_id for end in ended] == [order.batch_id]
     assert engine.step() == StepReport()
     for result in ended[0].results if made is not None else ():
-        request = made[result.request_id]
+        request = requests[result.request_id]
         assert list(unpack(result.tokens)) == request.ids[result.position :]
         assert result.finish_reason == request.finish_reason
         request.slices.append(result)

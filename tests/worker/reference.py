@@ -107,7 +107,8 @@ class Reference:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """[tokens, vocabulary], without any cache."""
         found = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
-        return found.double().numpy()
+        scores: np.ndarray = found.double().numpy()
+        return scores
 
     def check_text(self, made: Made, into: Agreement) -> None:
         """Fails if a request's text is not the one that its model and its sampling make, as far
@@ -195,5 +196,6 @@ def interval(scores: np.ndarray, sampling: Sampling, token: int) -> tuple[float,
 
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Along the only axis."""
-    powers = np.exp(scores - scores.max())
-    return powers / powers.sum()
+    powers: np.ndarray = np.exp(scores - scores.max())
+    shares: np.ndarray = powers / powers.sum()
+    return shares
