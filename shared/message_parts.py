@@ -72,6 +72,8 @@ class RequestSpec(Value, frozen=True, kw_only=True):
     stream: bool = False
     ttft_deadline_ms: int | None = None
     deadline_ms: int | None = None
+    predicted_output_tokens: int | None = None
+    """What the client, or a predictor before the mesh, expects of the output; a hint only."""
     trace: str = ""
     """W3C traceparent of the request's root span; empty if it is not sampled."""
 
@@ -227,3 +229,8 @@ class LengthClass(Value, frozen=True, kw_only=True):
     censored: bytes = b""
     """One byte per length: 1 if the token limit cut the output, which would have been longer.
     Empty: not known."""
+    prompts: bytes = b""
+    """Packed u32 like `lengths`: prompt tokens. Empty: not known."""
+    predicted: bytes = b""
+    """Packed u32 like `lengths`: the output that was predicted for each, 0 where nothing was.
+    Empty: nothing was predicted for any."""

@@ -49,6 +49,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """A new request. Key: request_id. A repeat is ignored while the request is known."""
 
     spec: RequestSpec
+    told: bool = False
+    """The gateway wants to be told (`Accepted`) what is predicted."""
 
 
 class Resume(Message, frozen=True, kw_only=True):
@@ -106,6 +108,18 @@ class Recall(Message, frozen=True, kw_only=True):
     gateway: str
     request_id: str
     attempt: int
+
+
+class Accepted(Message, frozen=True, kw_only=True):
+    """The request was taken in, and this is what is predicted for it. Seconds from then on."""
+
+    epoch: int
+    gateway: str
+    request_id: str
+    start_s: float
+    """Until its first token."""
+    finish_s: float
+    """Until its last one."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):
@@ -280,6 +294,8 @@ class Finished(Message, frozen=True, kw_only=True):
     prompt_tokens: int
     output_tokens: int
     max_tokens: int
+    predicted_output_tokens: int | None = None
+    """As the request said."""
     reason: FinishReason
 
 
@@ -318,13 +334,22 @@ ToScheduler = (
     | WorkerBeats
     | LengthForecast
 )
-ToGateway = Recall | Rejected | SchedulerBeat | TokenBatch
+ToGateway = Recall | Accepted | Rejected | SchedulerBeat | TokenBatch
 ToWorker = RunSlice | Park | Drop | SendTokens | DrainWorker | SchedulerBeat | FinishAck
 ToEstimator = Finished | SchedulerBeat
 
 SchedulerEvent = ToScheduler | OrderReturned | Elected
 SchedulerCommand = (
-    RunSlice | Park | Drop | SendTokens | DrainWorker | Recall | Rejected | SchedulerBeat | Finished
+    RunSlice
+    | Park
+    | Drop
+    | SendTokens
+    | DrainWorker
+    | Recall
+    | Accepted
+    | Rejected
+    | SchedulerBeat
+    | Finished
 )
 AnyMessage = ToScheduler | ToGateway | ToWorker | ToEstimator | OrderReturned | Elected
 

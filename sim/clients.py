@@ -27,6 +27,10 @@ class Call:
     worker: str = ""
     """That sent the latest tokens."""
     finish_reason: str = ""
+    promise: tuple[float, float] | None = None
+    """What was predicted of its first and last token, in seconds."""
+    retry_after_s: float | None = None
+    """Told with its refusal."""
 
     @property
     def request_id(self) -> str:

@@ -7,7 +7,15 @@ stream would have brought them (`sim.worker.Times`). Without times, tokens came 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from services.gateway.core.ledger import Ended, Expired, Ledger, Output, Patience, Refused
+from services.gateway.core.ledger import (
+    Ended,
+    Expired,
+    Ledger,
+    Output,
+    Patience,
+    Promised,
+    Refused,
+)
 from services.gateway.core.record import Arrived
 from shared.messages import FinishAck, GatewayBeat, RequestSpec, TokenBatch
 from sim.clients import Call
@@ -38,12 +46,13 @@ class SimGateway:
         placed: Callable[[str], bool],
         ended: Callable[[Call], None],
         failed: Callable[..., None],
+        told: bool = False,
     ) -> None:
         """`last_token_at(worker, request)`: what a client sees of a stream between reports;
-        `placed(request)`: whether a worker has it."""
+        `placed(request)`: whether a worker has it; `told`: predictions are asked for."""
         self.boot = boot
         self.open: dict[str, Call] = {}
-        self._ledger = Ledger(boot, patience)
+        self._ledger = Ledger(boot, patience, told=told)
         self._world = world
         self._to_leader, self._to_worker = to_leader, to_worker
         self._model, self._max_tokens = model, max_tokens
@@ -70,6 +79,8 @@ class SimGateway:
             prompt=prompt_of(item.prompt_tokens),
             max_tokens=self._max_tokens,
             stream=True,
+            ttft_deadline_ms=item.ttft_deadline_ms,
+            deadline_ms=item.deadline_ms,
         )
         self.open[call.request_id] = call
         self._to_leader(self._ledger.open(spec, self._world.now, float("inf")))
@@ -134,8 +145,12 @@ class SimGateway:
                     self._failed(call, "failed", output.detail or "error")
                 else:
                     self._ended(call)
+            case Promised():
+                call = self.open[output.request_id]
+                call.promise = (output.start_s, output.finish_s)
             case Refused():
                 call, rejection = self.open.pop(output.request_id), output.rejection
+                call.retry_after_s = rejection.retry_after_s
                 self._failed(call, "rejected", rejection.reason, rejection.retry_after_s)
             case Expired():
                 self._failed(self.open.pop(output.request_id), "failed", "expired")

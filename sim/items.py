@@ -20,6 +20,9 @@ class Item:
     service_class: str = ""
     priority: int = 0
     session_id: str = ""
+    ttft_deadline_ms: int | None = None
+    deadline_ms: int | None = None
+    """Wishes of its client: its first token, its end, from sending on."""
 
 
 @dataclass(frozen=True, slots=True)

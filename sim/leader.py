@@ -9,6 +9,7 @@ from services.scheduler.core.presets import Preset
 from services.scheduler.core.scheduler import Scheduler
 from services.scheduler.core.settings import Constants
 from shared.messages import (
+    Accepted,
     Elected,
     Finished,
     OrderReturned,
@@ -175,7 +176,7 @@ class Leader:
             case SchedulerBeat():
                 for receiver in [*places.workers.values(), *places.gateways.values()]:
                     carry(command, receiver.receive)
-            case Recall() | Rejected():
+            case Recall() | Accepted() | Rejected():
                 gateway = places.gateways.get(command.gateway)
                 if gateway is not None:
                     carry(command, gateway.receive)

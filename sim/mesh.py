@@ -158,6 +158,7 @@ class SimMesh:
             placed=self.placed,
             ended=self._call_ended,
             failed=self._call_failed,
+            told=setup.told,
         )
         self.gateways[GATEWAY] = gateway
         return gateway

@@ -97,7 +97,7 @@ def run(
     with _quiet_collector():
         mesh.start()
         begun_at = mesh.world.now
-        _run_out(mesh)
+        run_out(mesh)
     series = sampler.series() if sampler is not None else None
     records = [call.record(0.0) for call in mesh.clients.calls]
     report = _report(mesh, records, begun_at)
@@ -128,8 +128,8 @@ def _quiet_collector() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _run_out(mesh: SimMesh) -> None:
-    """Until all requests have ended, or none has for too long."""
+def run_out(mesh: SimMesh) -> None:
+    """On from the start until all requests have ended, or none has for too long."""
     clients, world, stalled_s = mesh.clients, mesh.world, mesh.setup.stalled_s
     last_arrival = max(item.arrival_s or 0.0 for item in mesh.setup.workload.items)
     while not clients.done:

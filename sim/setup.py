@@ -74,6 +74,8 @@ class Setup:
     forecast_interval_s: float = 2.0
     history: tuple[int, ...] = ()
     """Output lengths that the estimator knows from before."""
+    told: bool = False
+    """The gateway asks for predictions (`Accepted`)."""
     streamed: bool = True
     """Closed batches: clients see tokens when they are made. False: at the end of their batch, as
     in SCLS."""

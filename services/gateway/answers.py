@@ -21,13 +21,24 @@ from services.gateway.scores import (
 )
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": waiting\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
 def event(content: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + _encode(content) + b"\n\n"
+
+
+def waiting_comment(call: Call, now: float) -> bytes:
+    """A comment for a stream that has nothing else to say: what is expected from now on, in
+    milliseconds, as it was predicted when the call was accepted."""
+    if call.promise is None:
+        return b": waiting\n\n"
+    start_s, finish_s = (max(0.0, at - now) for at in call.promise)
+    begun = any(choice.first_token_at is not None for choice in call.choices)
+    words = [] if begun else [f"start-ms={start_s * 1_000:.0f}"]
+    words.append(f"finish-ms={finish_s * 1_000:.0f}")
+    return f": waiting, predicted {' '.join(words)}\n\n".encode()
 
 
 class Writer:

@@ -115,7 +115,10 @@ class Api:
                 drawn_seed=secrets.randbits(63),
                 wishes=wishes,
             )
-            self.admission.enter(call, wishes)
+            try:
+                self.admission.enter(call)
+            finally:
+                request.state.more_headers = self.admission.rate_headers(tenant)
         except ApiError as error:
             close_root(span, call, error.status, received_s, time.time())
             raise

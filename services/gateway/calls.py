@@ -29,6 +29,8 @@ class Choice:
     """Only the prompt was asked for (`echo` with `max_tokens` 0): one token is made, to have the
     prompt scored, and not shown."""
     prompt_scores: Sequence[TokenLogprobs] = ()
+    promise: tuple[float, float] | None = None
+    """Monotonic: when the mesh expects its first and its last token."""
     error: ApiError | None = None
     finished_at: float | None = None
     """Monotonic; when the mesh was done with it, for better or worse."""
@@ -67,6 +69,14 @@ class Call:
     def output_tokens(self) -> int:
         """Of all choices so far."""
         return sum(choice.transcript.output_tokens for choice in self.choices)
+
+    @property
+    def promise(self) -> tuple[float, float] | None:
+        """When the first token of any choice and the last one of all are expected, monotonic."""
+        told = [choice.promise for choice in self.choices if choice.promise is not None]
+        if not told:
+            return None
+        return min(start for start, _ in told), max(finish for _, finish in told)
 
     @property
     def error(self) -> ApiError | None:

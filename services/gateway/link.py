@@ -9,7 +9,15 @@ import asyncio
 from collections.abc import Iterable
 
 from services.gateway.calls import Call, Choice
-from services.gateway.core.ledger import Ended, Expired, Ledger, Output, Patience, Refused
+from services.gateway.core.ledger import (
+    Ended,
+    Expired,
+    Ledger,
+    Output,
+    Patience,
+    Promised,
+    Refused,
+)
 from services.gateway.core.record import Arrived
 from services.gateway.errors import (
     PROMPT_PARAMS,
@@ -46,7 +54,7 @@ class MeshLink:
         self._metrics = GatewayMetrics.of(telemetry.registry)
         self._gateway = telemetry.boot_id
         patience = Patience(settings.gap_wait_s, settings.silence_s, settings.first_silence_s)
-        self._ledger = Ledger(self._gateway, patience)
+        self._ledger = Ledger(self._gateway, patience, told=True)
         self._outbox = Outbox(bus, self._gateway, telemetry)
         self._open: dict[str, tuple[Call, Choice]] = {}
         self._rearm = asyncio.Event()
@@ -169,6 +177,10 @@ class MeshLink:
                     self._on_tokens(output, now)
                 case Ended():
                     self._on_end(output)
+                case Promised():
+                    known = self._open.get(output.request_id)
+                    if known is not None:
+                        known[1].promise = now + output.start_s, now + output.finish_s
                 case Refused():
                     self._on_refusal(output)
                 case Expired():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from services.gateway.answers import DONE, KEEP_ALIVE, Writer, event
+from services.gateway.answers import DONE, Writer, event, waiting_comment
 from services.gateway.calls import Call
 from services.gateway.errors import ApiError
 from services.gateway.link import MeshLink
@@ -138,6 +138,7 @@ class CallResponse(Response):
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
+            *promise_headers(self._call),
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
         await self._send(send, start, {"type": "http.response.body", "body": body})
@@ -152,7 +153,7 @@ class CallResponse(Response):
                 return 499
             events, over = self._new_events()
             if self._silent and not events:
-                events = KEEP_ALIVE
+                events = waiting_comment(self._call, self._link.now())
             self._silent = False
             if events:
                 await self._write(send, events, more=not over)
@@ -179,7 +180,8 @@ class CallResponse(Response):
     async def _write(self, send: Send, events: bytes, *, more: bool) -> None:
         if not self._started:
             self._started = True
-            start = {"type": "http.response.start", "status": 200, "headers": list(EVENT_STREAM)}
+            headers = [*EVENT_STREAM, *promise_headers(self._call)]
+            start = {"type": "http.response.start", "status": 200, "headers": headers}
             await self._send(send, start)
         await self._send(send, {"type": "http.response.body", "body": events, "more_body": more})
 
@@ -189,6 +191,20 @@ class CallResponse(Response):
         for message in messages:
             await send(message)
         self._writing_since = None
+
+
+def promise_headers(call: Call) -> list[tuple[bytes, bytes]]:
+    """What was predicted when the call was accepted, in milliseconds since it was received; none
+    if the first token came before the prediction."""
+    if call.promise is None:
+        return []
+    start_ms, finish_ms = (
+        str(max(0, round((at - call.received_at) * 1_000))).encode() for at in call.promise
+    )
+    return [
+        (b"x-tranche-predicted-start-ms", start_ms),
+        (b"x-tranche-predicted-finish-ms", finish_ms),
+    ]
 
 
 class _Timer:

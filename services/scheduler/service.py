@@ -27,6 +27,7 @@ from services.scheduler.spans import record_dispatch, record_request_queue
 from shared.bus.api import Bus, BusError, BusUnavailable, Delivery, Unroutable
 from shared.bus.topology import ESTIMATOR_QUEUE, SCHEDULER_QUEUE, hosted_by
 from shared.messages import (
+    Accepted,
     AnyMessage,
     Cancel,
     DrainWorker,
@@ -343,7 +344,7 @@ def _request_id(message: AnyMessage | None) -> str:
     match message:
         case Submit() | Resume():
             return message.spec.request_id
-        case Cancel() | Stopped() | TokensWanted() | Recall() | Rejected():
+        case Cancel() | Stopped() | TokensWanted() | Recall() | Accepted() | Rejected():
             return message.request_id
         case Park() | Drop() | SendTokens():
             return message.request_id

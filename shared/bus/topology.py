@@ -1,7 +1,8 @@
 """Who sends through which exchange, under which key, into which queue.
 
 Every exchange has one kind of sender, so that the broker's topic permissions can tell who may say
-what; the routing key names the sender (towards the scheduler) or the receiver (away from it).
+what (`shared.bus.rights`); the routing key names the sender (towards the scheduler) or the receiver
+(away from it). A boot id is not to be guessed (`shared.bus.identity`).
 
     exchange            from                to              routing key
     tranche.inbox       gateway             scheduler       gateway.<boot>
@@ -16,6 +17,7 @@ what; the routing key names the sender (towards the scheduler) or the receiver (
 
 from shared.bus.api import Address, QueueSpec
 from shared.messages import (
+    Accepted,
     DrainWorker,
     Drop,
     FinishAck,
@@ -37,6 +39,7 @@ ASKS = "tranche.asks"
 HISTORY = "tranche.history"
 EXCHANGES = (INBOX, ORDERS, NOTICES, TOKENS, ASKS, HISTORY)
 BEAT = "beat"
+FINISHED = "finished"
 EPOCH_QUEUE = "tranche.epoch"
 
 SCHEDULER_QUEUE = QueueSpec(
@@ -47,7 +50,7 @@ SCHEDULER_QUEUE = QueueSpec(
     single_active_consumer=True,
 )
 ESTIMATOR_QUEUE = QueueSpec(
-    name="tranche.estimator", kind="durable", bindings=((HISTORY, "finished"),), prefetch=200
+    name="tranche.estimator", kind="durable", bindings=((HISTORY, FINISHED),), prefetch=200
 )
 
 
@@ -120,6 +123,7 @@ def addresses_of(
     | SendTokens
     | DrainWorker
     | Recall
+    | Accepted
     | Rejected
     | SchedulerBeat
     | Finished
@@ -130,12 +134,12 @@ def addresses_of(
     match message:
         case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker():
             return (Address(ORDERS, f"worker.{message.worker}"),)
-        case Recall() | Rejected():
+        case Recall() | Accepted() | Rejected():
             return (Address(NOTICES, f"gateway.{message.gateway}"),)
         case SchedulerBeat():
             return (Address(ORDERS, BEAT), Address(NOTICES, BEAT), Address(HISTORY, BEAT))
         case Finished():
-            return (Address(HISTORY, "finished"),)
+            return (Address(HISTORY, FINISHED),)
         case TokenBatch():
             return (Address(TOKENS, f"gateway.{message.gateway}"),)
         case FinishAck():

@@ -13,6 +13,7 @@ from shared.bus.api import Delivery, QueueSpec
 from shared.bus.memory import MemoryBus
 from shared.bus.topology import ASKS, ORDERS, SCHEDULER_QUEUE, addresses_of
 from shared.messages import (
+    Accepted,
     AnyMessage,
     Cancel,
     GatewayBeat,
@@ -32,7 +33,7 @@ RUN_TOKENS = 3
 BEAT_S = 0.2
 WORKER = "fake-worker"
 FIRST_BEAT = SchedulerBeat(epoch=1, workers=1, context_tokens_max=2048)
-Saying = TokenBatch | Recall | Rejected | SchedulerBeat
+Saying = TokenBatch | Recall | Accepted | Rejected | SchedulerBeat
 Plan = Callable[[RequestSpec], Iterable[Saying]]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from services.gateway.service import serve
 from services.gateway.settings import GatewaySettings
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.config import SetupError
-from shared.messages import RequestSpec, SchedulerBeat, Submit
+from shared.messages import Accepted, RequestSpec, SchedulerBeat, Submit
 from shared.telemetry.setup import start
 from tests.api.conftest import DEMO_MODEL, Stage, free_port, staged
 from tests.api.fake_mesh import Saying, faithful
@@ -72,21 +73,52 @@ async def test_a_wait_too_long_is_refused_at_once() -> None:
                 await asyncio.sleep(0.05)
 
 
-async def test_a_first_token_that_cannot_be_in_time_is_refused_at_once(stage: Stage) -> None:
+async def test_deadlines_are_the_schedulers_to_judge(stage: Stage) -> None:
     stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, predicted_wait_s=6.0)
     body = {"model": "demo_model", "prompt": "x"}
-    headers = {"x-tranche-ttft-ms": "5000"}
-    async with asyncio.timeout(10):
-        while True:
-            answer = await stage.client.post("/v1/completions", json=body, headers=headers)
-            if answer.status_code == 429:
-                break
-            await asyncio.sleep(0.05)
-    assert "5000 ms" in answer.json()["error"]["message"]
-    headers = {"x-tranche-ttft-ms": "7000"}
+    headers = {"x-tranche-ttft-ms": "5000", "x-tranche-deadline-ms": "70000"}
     answer = await stage.client.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200
-    assert list(stage.mesh.specs.values())[-1].ttft_deadline_ms == 7000
+    spec = list(stage.mesh.specs.values())[-1]
+    assert (spec.ttft_deadline_ms, spec.deadline_ms) == (5000, 70000)
+
+
+def promised(spec: RequestSpec) -> list[Saying]:
+    accepted = Accepted(
+        epoch=1, gateway=spec.gateway, request_id=spec.request_id, start_s=2.5, finish_s=9.0
+    )
+    return [accepted, *faithful(spec)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_predicted_is_in_the_headers(stage: Stage, *, stream: bool) -> None:
+    plain = await stage.complete(stream=stream)
+    assert "x-tranche-predicted-start-ms" not in plain.headers
+    stage.mesh.plan = promised
+    answer = await stage.complete(stream=stream)
+    assert 2_500 <= int(answer.headers["x-tranche-predicted-start-ms"]) < 4_000
+    assert 9_000 <= int(answer.headers["x-tranche-predicted-finish-ms"]) < 10_500
+    told = [m.told for m in stage.mesh.heard if isinstance(m, Submit)]
+    assert told == [True, True]
+
+
+async def test_who_waits_is_told_for_how_long() -> None:
+    async with staged(keepalive_s=0.1) as stage, asyncio.timeout(20):
+        stage.mesh.plan = lambda spec: promised(spec)[:1]
+        body = {"model": "demo_model", "prompt": "x", "stream": True}
+        async with stage.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.aiter_lines()
+            comment = await anext(lines)
+            for message in faithful(next(iter(stage.mesh.specs.values()))):
+                await stage.mesh.say(message)
+            rest = [line async for line in lines]
+        assert "x-tranche-predicted-start-ms" in answer.headers
+    found = re.fullmatch(r": waiting, predicted start-ms=(\d+) finish-ms=(\d+)", comment)
+    assert found is not None
+    start_ms, finish_ms = map(int, found.groups())
+    assert start_ms <= 2_500
+    assert abs(finish_ms - start_ms - 6_500) <= 1
+    assert rest[-2:] == ["data: [DONE]", ""]
 
 
 async def test_the_workers_context_counts_too(stage: Stage) -> None:

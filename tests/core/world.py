@@ -18,6 +18,7 @@ from services.scheduler.core.scheduler import Scheduler
 from services.scheduler.core.settings import Constants
 from shared import tokens
 from shared.messages import (
+    Accepted,
     Cancel,
     DrainWorker,
     Drop,
@@ -210,7 +211,7 @@ class World:
         match command:
             case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker():
                 self._to_worker(command)
-            case Recall() | Rejected():
+            case Recall() | Accepted() | Rejected():
                 gateway = self.gateways.get(command.gateway)
                 if gateway is not None:
                     self.net.carry(command, gateway.receive)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from services.gateway.core.record import Arrived, Record
 from shared.messages import (
+    Accepted,
     AnyMessage,
     Cancel,
     FinishAck,
@@ -58,6 +59,15 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Promised:
+    """The scheduler took the request in and says when it will begin and end, in seconds."""
+
+    request_id: str
+    start_s: float
+    finish_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """The scheduler will not serve the request; the ledger has forgotten it."""
 
@@ -72,15 +82,18 @@ class Expired:
     request_id: str
 
 
-News = Arrived | Ended | Refused | Expired
+News = Arrived | Ended | Promised | Refused | Expired
 Output = Message | News
 
 
 class Ledger:
     """All open requests of one gateway."""
 
-    def __init__(self, gateway: str, patience: Patience | None = None) -> None:
-        """`gateway` is the boot id."""
+    def __init__(
+        self, gateway: str, patience: Patience | None = None, *, told: bool = False
+    ) -> None:
+        """`gateway` is the boot id; `told`: it wants to hear what is predicted for each request."""
+        self._told = told
         self._gateway = gateway
         self._patience = patience or Patience()
         self._records: dict[str, Record] = {}
@@ -106,7 +119,7 @@ class Ledger:
         record = Record(spec=spec, heard_at=now, expires_at=expires_at)
         self._records[spec.request_id] = record
         self._schedule(record)
-        return Submit(spec=spec)
+        return Submit(spec=spec, told=self._told)
 
     def cancel(self, request_id: str) -> list[Output]:
         """Nobody waits for this request any more."""
@@ -132,6 +145,8 @@ class Ledger:
                 return self._take_recall(event)
             case Rejected():
                 return self._take_rejection(event)
+            case Accepted() if event.epoch >= self.epoch and event.request_id in self._records:
+                return [Promised(event.request_id, event.start_s, event.finish_s)]
             case _:
                 return []
 

@@ -7,16 +7,19 @@ from functools import partial
 from services.scheduler.core.board import Board
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.lines import Lines
+from services.scheduler.core.outputs import Outputs
 from services.scheduler.core.policies.batching import SORTED_BY_LENGTH
 from services.scheduler.core.policies.estimates import Estimates
 from services.scheduler.core.policies.lengths import Histories, LengthModel
 from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.presets import Preset
+from services.scheduler.core.promises import Promises
 from services.scheduler.core.rate import Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.shelf import Shelf
 from services.scheduler.core.state import Request
+from services.scheduler.core.waits import Door, Waits
 from services.scheduler.core.workers import Batch, Worker, Workers
 from shared.costs import CostFit, load_solver
 from shared.messages import LengthForecast, SchedulerCommand
@@ -119,6 +122,13 @@ class Books:
     """Leases that seem not to have reached their worker; said again in the next round."""
     pace: Pace = field(default_factory=Pace)
     """How fast leases go, as the workers' reports tell."""
+    waits: Waits = field(default_factory=Waits)
+    """How much work waits, and how fast it goes."""
+    outputs: Outputs = field(default_factory=Outputs)
+    """How long the outputs of like prompts were."""
+    promises: Promises = field(default_factory=Promises)
+    """Predictions that were told, and how far they were off."""
+    door: Door = field(default_factory=Door)
     largest_known: int | None = None
     largest_stale: bool = True
     """Workers came, went or changed since."""

@@ -2,15 +2,14 @@
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import ATTEMPT_MAX, Books
-from services.scheduler.core.predict import predicted_wait_s
+from services.scheduler.core.refusals import refusal
 from services.scheduler.core.state import Placement, Request, State
 from shared import tokens
 from shared.messages import (
+    Accepted,
     Cancel,
     GatewayBeat,
     Recall,
-    Rejected,
-    RequestSpec,
     Resume,
     SendTokens,
     Stopped,
@@ -36,12 +35,24 @@ def submit(books: Books, event: Submit, now: float) -> None:
     heard(books, event.spec.gateway, now)
     if books.requests.known(event.spec.request_id):
         return
-    refusal = _refusal(books, event.spec)
-    if refusal is not None:
-        books.requests.refuse(event.spec.request_id, refusal, now)
-        books.send(refusal)
+    answer, expected = refusal(books, event.spec, now)
+    if answer is not None:
+        books.requests.refuse(event.spec.request_id, answer, now)
+        books.send(answer)
         return
-    moves.admit(books, books.requests.open_new(event.spec), now)
+    request = books.requests.open_new(event.spec)
+    books.promises.made(request, expected.start_s, expected.finish_s)
+    if event.told:
+        books.send(
+            Accepted(
+                epoch=books.epoch,
+                gateway=event.spec.gateway,
+                request_id=event.spec.request_id,
+                start_s=expected.start_s,
+                finish_s=expected.finish_s,
+            )
+        )
+    moves.admit(books, request, now)
 
 
 def resume(books: Books, event: Resume, now: float) -> None:
@@ -183,58 +194,3 @@ def _maker(request: Request, position: int) -> Placement | None:
         if placement.position <= position:
             return placement
     return None
-
-
-def _refusal(books: Books, spec: RequestSpec) -> Rejected | None:
-    """Why a new request is not taken in; None if it is."""
-    prompt_tokens = tokens.count(spec.prompt)
-    context = prompt_tokens + spec.max_tokens
-    workers, largest = bool(books.workers.active), books.largest()
-    if spec.max_tokens < 1 or len(spec.prompt) % tokens.TOKEN_BYTES:
-        return _rejected(books, spec, "too_long", "max_tokens below 1, or a malformed prompt")
-    if workers and spec.model != books.workers.model:
-        detail = f"the workers serve {books.workers.model!r}, not {spec.model!r}"
-        return _rejected(books, spec, "unknown_model", detail)
-    if workers and largest is None:
-        return _rejected(books, spec, "no_worker", advice(books))
-    if largest is not None and context > largest:
-        detail = f"prompt and output of up to {context} tokens, but workers hold {largest}"
-        return _rejected(books, spec, "too_long", detail)
-    limit = books.constants.waiting_max
-    if len(books.requests.open) >= limit and books.waiting >= limit:
-        return _rejected(books, spec, "queue_full", f"{limit} requests are waiting already")
-    return None
-
-
-def advice(books: Books) -> str:
-    """What to do about workers that cannot be used; empty if all is well."""
-    form = books.preset.form
-    if books.workers.foreign is not None:
-        name, model = books.workers.foreign
-        return (
-            f"worker {name!r} serves {model!r} and gets no work, because this mesh serves "
-            f"{books.workers.model!r}; give each model a broker or virtual host of its own"
-        )
-    workers = books.workers.active.values()
-    if not workers or any(form in worker.info.forms for worker in workers):
-        return ""
-    engines = ", ".join(sorted({worker.info.engine for worker in workers}))
-    return (
-        f"policy {books.preset.name!r} runs {form} slices, which no worker offers (engines: "
-        f"{engines}); choose another --policy or an --engine that runs {form} slices"
-    )
-
-
-def _rejected(books: Books, spec: RequestSpec, reason: str, detail: str) -> Rejected:
-    retry_after_s = None
-    if reason == "queue_full":
-        retry_after_s = max(1.0, predicted_wait_s(books))
-        retry_after_s = min(retry_after_s, books.constants.retry_after_max_s)
-    return Rejected(
-        epoch=books.epoch,
-        gateway=spec.gateway,
-        request_id=spec.request_id,
-        reason=reason,  # type: ignore[arg-type]
-        detail=detail,
-        retry_after_s=retry_after_s,
-    )

@@ -40,6 +40,8 @@ def take_report(
         worker.credit.prefilled(request)
     else:
         books.pace.saw_tokens(made, passed_s)
+    if made and not request.tokens:
+        books.promises.began(request, now)
     request.tokens, request.heard_at = joined, now
     if request.output_tokens > request.until:
         worker.credit.extend(request, request.output_tokens)  # it knows of a longer lease than we

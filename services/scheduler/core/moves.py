@@ -15,6 +15,8 @@ def _move(
     they change."""
     before, worker = request.state, books.workers.active.get(request.worker)
     if before is State.WAITING:
+        placed, workers = cause is Cause.PLACE, books.board.taking
+        books.waits.left(request, now, placed=placed, workers=workers)
         _out_of_line(books, request)
     if tokens is not None:
         request.tokens = tokens
@@ -26,6 +28,7 @@ def _move(
         books.touch(worker)
     if request.state is State.WAITING:
         _into_line(books, request, now)
+        books.waits.joined(request, now, workers=books.board.taking)
 
 
 def _out_of_line(books: Books, request: Request) -> None:
@@ -143,8 +146,10 @@ def finish(
     if request.published:
         return
     request.published = True
-    books.pace.finishes.add(now)
     spec = request.spec
+    if reason in ("stop", "length"):
+        books.outputs.saw(request.prompt_tokens, output_tokens)
+        books.promises.ended(request, now)
     books.send(
         Finished(
             epoch=books.epoch,
@@ -155,6 +160,7 @@ def finish(
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
             max_tokens=spec.max_tokens,
+            predicted_output_tokens=spec.predicted_output_tokens,
             reason=reason,
         )
     )

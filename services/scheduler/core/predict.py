@@ -1,21 +1,77 @@
-"""Predictions from the books: how long would a request that came now wait for its first slice?"""
+"""Predictions from the books: when would a request that came now begin, and when would it end?
+
+Theory of operation. With leases a newcomer waits until the input ahead of it has been placed, at
+the rate at which waiting input was placed lately (waits.py), unless a worker has room for it now.
+Then its prefill waits its turn, at the pace that reports tell (rate.py). Its length is that of the
+recent outputs of like prompts (outputs.py): half of them are longer. Closed batches are predicted
+from the fitted costs. Everything is O(1) in the number of waiting requests; what is predicted is
+compared with what came (promises.py), and the margins of refusals follow from that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from services.scheduler.core.books import Books
+from services.scheduler.core.outputs import middle, share_within
+from services.scheduler.core.policies.pacing import LEASE_PACINGS
+from shared import tokens
+from shared.messages import RequestSpec
 
 NO_WORKER_WAIT_S = 10.0
 """Told while there is no worker: about how long one takes to start with a small model."""
+WAIT_MAX_S = 3_600.0
+"""No longer wait is told to anybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of one request that came now; seconds from now."""
+
+    wait_s: float
+    """Until a worker takes it."""
+    start_s: float
+    """Until its first token is there."""
+    finish_s: float
+    """Until its last one is."""
+    token_s: float
+    """Between its tokens."""
+    outputs: Sequence[int]
+    """Lengths that like requests lately had, ascending; empty: nothing is known."""
+
+    def chance_of_finish(self, within_s: float, late: float = 1.0) -> float:
+        """That it ends within so many seconds, should it begin `late` times as late as said; 1 if
+        nothing is known of outputs and it begins in time."""
+        left_s = within_s - self.start_s * late
+        if left_s < 0:
+            return 0.0
+        return share_within(self.outputs, 1 + left_s / self.token_s) if self.outputs else 1.0
+
+
+def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
+    """What to expect for this new request."""
+    own = tokens.count(spec.prompt)
+    outputs = books.outputs.like(own)
+    length = min(_length(books, outputs), spec.max_tokens)
+    if not books.leased:
+        return _of_batches(books, own, length, outputs)
+    wait_s = _wait_s(books, spec.priority, own, now)
+    pace = books.pace
+    start_s = wait_s + pace.prefill_s(own + _least_backlog(books))
+    finish_s = start_s + max(0, length - 1) * pace.token_s
+    return Prediction(wait_s, start_s, finish_s, pace.token_s, outputs)
 
 
 def predicted_wait_s(books: Books) -> float:
-    """Seconds until a request that is submitted now would begin: what the least loaded worker
-    still has to do, and the pool's first slices shared among the workers. With leases: those who
-    wait, at the rate at which requests lately ended."""
+    """Seconds until a request that is submitted now would begin: with leases, until all that waits
+    has been placed; else what the least loaded worker still has to do, and the pool's first slices
+    shared among the workers."""
     usable = books.board.taking
     if not usable:
         return NO_WORKER_WAIT_S
     if books.leased:
-        waiting, rate = len(books.requests.pool), books.pace.finishes.per_s(books.called_at or 0.0)
-        return waiting / rate if waiting and rate > 0 else 0.0
+        return drained_s(books, books.waits.tokens, books.called_at or 0.0)
     least_s = books.board.least_load_s()
     pooled = len(books.requests.pool)
     if pooled == 0:
@@ -25,3 +81,60 @@ def predicted_wait_s(books: Books) -> float:
     lease = books.constants.slice_tokens
     per_request_s = books.costs.cost.slice_s(rows, oldest.input_tokens, lease) / rows
     return least_s + pooled * per_request_s / usable
+
+
+def drained_s(books: Books, waiting_tokens: int, now: float) -> float:
+    """Leased: how long it takes to place so much waiting input."""
+    usable = books.board.taking
+    if not usable:
+        return NO_WORKER_WAIT_S
+    if waiting_tokens <= 0:
+        return 0.0
+    rate = books.waits.served.per_s(now, guess=usable / books.pace.prefill_token_s)
+    return min(WAIT_MAX_S, waiting_tokens / rate) if rate > 0 else WAIT_MAX_S
+
+
+def _wait_s(books: Books, priority: int, own: int, now: float) -> float:
+    if not len(books.waits) and _has_room(books, own, now):
+        return 0.0
+    return drained_s(books, books.waits.ahead_tokens(priority) + own, now)
+
+
+def _has_room(books: Books, own: int, now: float) -> bool:
+    """Whether some worker has memory for it and little prefill queued. Its gate may say no."""
+    constants = books.constants
+    lease = LEASE_PACINGS[books.preset.pacing](0, constants)
+    eligible = books.board.with_room(
+        own + lease - 1,
+        own,
+        constants.bind_backlog_tokens or np.inf,
+        constants.running_max or np.inf,
+        now,
+    )
+    return bool(eligible.size)
+
+
+def _least_backlog(books: Books) -> int:
+    """Prefill queued on the worker that has least of it."""
+    gauges = books.board.written()
+    taking = books.board.free > -np.inf
+    return int(gauges.backlog[taking].min()) if taking.any() else 0
+
+
+def _length(books: Books, outputs: Sequence[int]) -> int:
+    """The length that as many outputs exceed as not: of like requests, else of all."""
+    if outputs:
+        return middle(outputs)
+    known = books.lengths.lengths
+    return int(known[len(known) // 2]) if len(known) else books.lengths.longest or 1
+
+
+def _of_batches(books: Books, own: int, length: int, outputs: Sequence[int]) -> Prediction:
+    """Closed: a wait before every slice, and each slice as long as such batches take."""
+    wait_s, cost = predicted_wait_s(books), books.costs.cost
+    slice_tokens = min(length, books.constants.slice_tokens)
+    rows = max(1, round(books.rounds.batch_size_mean))
+    first_s, slice_s = cost.slice_s(rows, own, 1), cost.slice_s(rows, own, slice_tokens)
+    token_s = max(1e-6, (wait_s + slice_s) / max(1, slice_tokens))
+    finish_s = wait_s + max(first_s, length * token_s - wait_s)
+    return Prediction(wait_s, wait_s + first_s, finish_s, token_s, outputs)

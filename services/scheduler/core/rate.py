@@ -1,38 +1,7 @@
-"""Rates: how often something happens lately, and how fast leases go."""
+"""Rates: how fast leases go, and how fast what waits is taken."""
 
 import math
-from dataclasses import dataclass, field
-
-MEMORY_S = 30.0
-"""After so long an event counts for 1/e."""
-
-
-@dataclass(slots=True)
-class Rate:
-    """Events per second, exponentially forgotten."""
-
-    count: float = 0.0
-    since: float = 0.0
-    """Seconds of observation, forgotten in the same way."""
-    at: float | None = None
-
-    def add(self, now: float, events: float = 1.0) -> None:
-        """They happened now."""
-        self._pass(now)
-        self.count += events
-
-    def per_s(self, now: float) -> float:
-        """Events per second; 0 before anything was seen."""
-        self._pass(now)
-        return self.count / self.since if self.since > 0 else 0.0
-
-    def _pass(self, now: float) -> None:
-        passed = 0.0 if self.at is None else max(0.0, now - self.at)
-        kept = math.exp(-passed / MEMORY_S)
-        self.count *= kept
-        self.since = self.since * kept + MEMORY_S * (1.0 - kept)
-        self.at = now
-
+from dataclasses import dataclass
 
 PACE_SHARE = 0.05
 """Of a new sample in a pace: about the last twenty count."""
@@ -47,7 +16,6 @@ class Pace:
     model on a GPU [T]."""
     prefill_token_s: float = 1e-4
     """Per token of input, decodes beside it included [T]."""
-    finishes: Rate = field(default_factory=Rate)
 
     def prefill_s(self, input_tokens: int) -> float:
         """Seconds for a prefill alone in its queue."""
@@ -62,3 +30,54 @@ class Pace:
         """So much queued prefill was done in so long."""
         if tokens > 0 and seconds > 0:
             self.prefill_token_s += PACE_SHARE * (seconds / tokens - self.prefill_token_s)
+
+
+BUSY_MEMORY_S = 15.0
+"""Of a busy rate: seconds of waiting after which an event counts for 1/e. On the Azure
+conversations 5 s were worse and 30 s no better [T]."""
+BUSY_EVENTS = 20.0
+"""Or longer, until so many events count: on slow workers few happen."""
+BUSY_MEMORY_MAX_S = 300.0
+GUESSED_S = 1.0
+"""Less observation than this is filled up with a guess."""
+
+
+@dataclass(slots=True)
+class BusyRate:
+    """Work per second of the time in which some of it waited: what can be done, not what came.
+    While nothing waits it stays as it is."""
+
+    work: float = 0.0
+    events: float = 0.0
+    since: float = 0.0
+    """Busy seconds of observation; all three are forgotten alike."""
+    at: float = 0.0
+    busy: bool = False
+
+    def turn(self, now: float, *, busy: bool) -> None:
+        """From now on something waits, or nothing."""
+        self._pass(now)
+        self.busy = busy
+
+    def add(self, now: float, work: float) -> None:
+        """So much was done of what waited."""
+        self._pass(now)
+        self.work += work
+        self.events += 1.0
+
+    def per_s(self, now: float, guess: float) -> float:
+        """Work per second; `guess` counts as long as there is little observation."""
+        self._pass(now)
+        missing_s = max(0.0, GUESSED_S - self.since)
+        seconds = self.since + missing_s
+        return (self.work + guess * missing_s) / seconds
+
+    def _pass(self, now: float) -> None:
+        passed, self.at = max(0.0, now - self.at), max(now, self.at)
+        if not self.busy or passed <= 0:
+            return
+        few_s = BUSY_EVENTS * self.since / max(1.0, self.events)
+        memory_s = min(max(BUSY_MEMORY_S, few_s), BUSY_MEMORY_MAX_S)
+        kept = math.exp(-passed / memory_s)
+        self.work, self.events = self.work * kept, self.events * kept
+        self.since = self.since * kept + memory_s * (1.0 - kept)

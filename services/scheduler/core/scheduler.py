@@ -11,7 +11,7 @@ equal commands. Nothing here reads a clock or draws a number.
 
 from collections.abc import Callable
 
-from services.scheduler.core import gateway_events, takeover, watch, worker_events
+from services.scheduler.core import gateway_events, refusals, takeover, watch, worker_events
 from services.scheduler.core.books import Books, new_books, take_forecast
 from services.scheduler.core.leasing import lease_round
 from services.scheduler.core.presets import Preset
@@ -83,7 +83,7 @@ class Scheduler:
     @property
     def advice(self) -> str:
         """Why no worker can serve this policy, and what to do; empty if all is well."""
-        return gateway_events.advice(self.books)
+        return refusals.advice(self.books)
 
     def _due(self, now: float) -> list[SchedulerCommand]:
         """Do what is due and hand out the commands."""

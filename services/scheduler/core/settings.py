@@ -54,6 +54,11 @@ class Constants:
     wake-up, so that no call of the core takes long [T]."""
     round_rest_s: float = 0.001
     """Until then [T]."""
+    backfill_max: int = 0
+    """Requests behind a refused head that are tried in its stead; 0: nobody overtakes it. 15 were
+    worth about one step in a hundred, in the memory-only experiment [T]."""
+    overtaken_max: int = 32
+    """How often a refused request may be overtaken so; then nobody behind it is tried [T]."""
     binds_max: int = 1024
     """Requests bound to workers in one round, with early binding [T]."""
 
@@ -138,6 +143,18 @@ class Constants:
     """x of `larry-a`: share of memory kept for the running requests [R]; the paper's value is not
     known. 5 % captures what a predicted peak does for throughput [S]."""
 
+    chance_target: float = 0.03
+    """`chance`: evictions per finished request that its margin is steered to, on every workload, as
+    long as no price of an eviction is known [T]."""
+    chance_priced: bool = True
+    """`chance`: the target follows the price of an eviction: coming back from the host's memory is
+    cheap, computing a long prompt anew is not [T]."""
+    chance_rate: float = 0.05
+    """`chance`: how fast the margin moves; 0.03 and 0.1 did as well [T]."""
+    chance_return_less: float = 0.0
+    """`chance`: who comes back after an eviction is admitted with a margin of so many deviations
+    less: shorter standstills, but more of them [T]."""
+
     # ---- order of waiting requests
     victims_first: bool = True
     """Who lost its place for want of memory leads its priority, as vLLM pushes it to the front of
@@ -148,6 +165,9 @@ class Constants:
     edf_default_s: float = 10.0
     """`edf`: due so long after the wait began, where the request names no deadline [T]: the time
     to first token that the acceptance of Past-Future's evaluation allows."""
+    volume_boost_s: float = 10.0
+    """`volume`: the most that a small request gains over its arrival, in seconds. 20 makes the mean
+    wait shorter and the longest ones longer [T]."""
     mlfq_quantum_s: float = 0.01
     """`mlfq`: service in the first level; doubled from level to level, as in FastServe [C]."""
     mlfq_levels: int = 12
@@ -170,6 +190,10 @@ class Constants:
     """`least-computed`: spare who has made more output than this, unless all have; 0: nobody. The
     survey note's LARRY spares them, with a number that is not known [R]."""
 
+    victim_kv_exponent: float = 0.0
+    """`farthest-end`: what is left of an output over the KV that coming back costs, to this power:
+    0 looks at the end alone, 1 spares who holds much [T]."""
+
     # ---- limits
     waiting_max: int = 4096
     """Requests beyond those in running batches; more are refused with a retry time [T]. At 8 KiB
@@ -177,6 +201,16 @@ class Constants:
     batches_max: int = 48
     """Batches given to one worker and not answered [T]; below the 64 that a worker takes. More
     would only lengthen a queue that the next round could still rearrange."""
+    wait_max_s: float = 0.0
+    """A new request that would wait longer than this is refused, by prediction; 0: never [T]."""
+    reopen_share: float = 0.5
+    """After a refusal for a full queue nobody is taken in until no more than this share of the
+    queue is left [T],"""
+    closed_max_s: float = 10.0
+    """or until the workers took so many seconds of it [T]."""
+    deadline_chance: float = 0.7
+    """A request that names a deadline is refused if its chance to end in time is less [T]: with
+    the Azure conversations 95 % of the accepted then do (sim/honesty.py)."""
     retry_after_max_s: float = 60.0
     """The longest retry time told to anybody [T]."""
     done_max: int = 4096
@@ -219,9 +253,14 @@ class Constants:
     """An order older than this that its worker does not list among its residents is lost [T]."""
 
 
-AT_LEAST_ONE = frozenset({"slice_tokens", "batch_size", "batches_max", "gate_tests_max"})
+AT_LEAST_ONE = frozenset(
+    {"slice_tokens", "batch_size", "batches_max", "gate_tests_max", "overtaken_max"}
+)
 """With 0 of these nothing would ever run."""
-SHARES = frozenset({"ample_share", "lease_margin_share", "cold_start_share"})
+SHARES = frozenset(
+    {"ample_share", "lease_margin_share", "cold_start_share", "chance_target"}
+    | {"reopen_share", "deadline_chance"}
+)
 """From 0 to 1. Not `interval_share`, a factor; nor `conservative_overcommit`, which is to exceed
 1; nor `aggressive_full_at`, which above 1 never binds."""
 FILLED = frozenset({"memory_share", "aggressive_watermark"})

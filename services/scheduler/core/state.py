@@ -102,6 +102,9 @@ class Request:
     """When it came into its state."""
     arrived_at: float = 0.0
     """When it was first heard of here."""
+    predicted_start_s: float = 0.0
+    """What was told of its first token, from `arrived_at` on; 0: nothing."""
+    predicted_finish_s: float = 0.0
     bound: str = ""
     """With early binding: the worker in whose line it waits."""
     until: int = 0

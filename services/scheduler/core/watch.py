@@ -2,8 +2,9 @@
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
-from services.scheduler.core.gateway_events import advice, gateway_gone
+from services.scheduler.core.gateway_events import gateway_gone
 from services.scheduler.core.predict import predicted_wait_s
+from services.scheduler.core.refusals import advice
 from services.scheduler.core.worker_events import batch_overdue, lease_overdue, worker_lost
 from services.scheduler.core.workers import Worker
 from shared.messages import SchedulerBeat
@@ -51,6 +52,7 @@ def watch(books: Books, now: float) -> None:
     constants = books.constants
     books.watch_at = now + constants.watch_s
     books.stirred = True
+    books.waits.look(now, workers=books.board.taking)
     leases_too = books.leased and now - books.leases_watched_at >= LEASES_WATCH_S
     if leases_too:
         books.leases_watched_at = now

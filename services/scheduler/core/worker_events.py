@@ -1,10 +1,13 @@
 """What workers say, and what follows: slices done, beats, residents, losses."""
 
+from dataclasses import replace
+
 from services.scheduler.core import moves
 from services.scheduler.core.books import ATTEMPT_MAX, Books, Claim
 from services.scheduler.core.lease_reports import joined_tokens, take_report
 from services.scheduler.core.state import HELD, Request, State
 from services.scheduler.core.workers import Batch, Worker
+from shared import tokens
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
 
 WORKERS_OWN_REASONS = ("draining", "queue full")
@@ -20,7 +23,7 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
         batch = books.end(worker, event.batch_id)
         books.board.update(worker)
     if books.collecting_until is not None:
-        _claims_over(books, event)
+        _claims_change(books, event)
     if event.refused:
         _refused(books, event, worker, batch, now)
         return
@@ -43,15 +46,19 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
             moves.recall(books, request, now)
 
 
-def _claims_over(books: Books, event: SliceDone) -> None:
+def _claims_change(books: Books, event: SliceDone) -> None:
     """What ends while a new leader collects is not held any more, whatever a beat said before. A
-    lease that only reports progress goes on."""
+    lease that only reports progress goes on from there: it may be used up by now, and says so only
+    once."""
     for result in event.results:
-        if result.resident:
-            continue
-        claims = books.claims.get(result.request_id, [])
-        ended = (event.worker, result.attempt)
-        books.claims[result.request_id] = [c for c in claims if (c.worker, c.attempt) != ended]
+        end = result.position + tokens.count(result.tokens)
+        kept: list[Claim] = []
+        for claim in books.claims.get(result.request_id, ()):
+            if (claim.worker, claim.attempt) != (event.worker, result.attempt):
+                kept.append(claim)
+            elif result.resident:
+                kept.append(replace(claim, position=max(claim.position, end)))
+        books.claims[result.request_id] = kept
 
 
 def _matches(request: Request, worker: str, result: SliceResult) -> bool:
@@ -80,6 +87,8 @@ def _take_result(books: Books, request: Request, result: SliceResult, now: float
         moves.recall(books, request, now)
         return
     news = len(joined) > len(request.tokens)
+    if news and not request.tokens:
+        books.promises.began(request, now)
     request.tokens = joined
     if result.finish_reason is not None and result.finish_reason != "cancelled":
         moves.finish(books, request, result.finish_reason, request.output_tokens, now)

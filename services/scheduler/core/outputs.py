@@ -1,0 +1,71 @@
+"""Outputs: how long the outputs of like prompts lately were, for predictions of a finish.
+
+Requests are alike if their prompts are: on the Azure conversations the median of all outputs misses
+a request's own by 66 % (median), the median of outputs after prompts within 9 % of its length by
+13 %. Where the prompt says little (ShareGPT) nothing is lost. This is soft state: a new leader
+begins with the estimator's history of all.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log2
+
+PER_OCTAVE = 8
+"""Classes of prompt length in a factor of two."""
+KEPT = 64
+"""Outputs remembered of each class."""
+WANTED = 32
+"""With fewer outputs in a class its neighbours count too,"""
+REACH = 2 * PER_OCTAVE
+"""up to a factor of four away."""
+ENOUGH = 8
+"""With fewer outputs than this nothing is said."""
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Lengths are in tokens. Bounded: a class for each 9 % of prompt length."""
+
+    _classes: dict[int, deque[int]] = field(default_factory=dict)
+    _sorted: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """What was said of a class since its neighbourhood last changed."""
+
+    def saw(self, prompt_tokens: int, output_tokens: int) -> None:
+        """A request ended by itself or at its limit."""
+        key = _class_of(prompt_tokens)
+        self._classes.setdefault(key, deque(maxlen=KEPT)).append(output_tokens)
+        for near in range(key - REACH, key + REACH + 1):
+            self._sorted.pop(near, None)
+
+    def like(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Recent outputs of like requests, ascending; empty if too few are known."""
+        key = _class_of(prompt_tokens)
+        known = self._sorted.get(key)
+        if known is None:
+            known = self._sorted[key] = self._gather(key)
+        return known
+
+    def _gather(self, key: int) -> tuple[int, ...]:
+        found = list(self._classes.get(key, ()))
+        distance = 0
+        while len(found) < WANTED and distance < REACH:
+            distance += 1
+            found += self._classes.get(key - distance, ())
+            found += self._classes.get(key + distance, ())
+        return tuple(sorted(found)) if len(found) >= ENOUGH else ()
+
+
+def share_within(outputs: Sequence[int], tokens: float) -> float:
+    """The share of these ascending lengths that are no longer than so many tokens."""
+    return bisect_right(outputs, tokens) / len(outputs) if outputs else 0.0
+
+
+def middle(outputs: Sequence[int]) -> int:
+    """The median of ascending lengths."""
+    return outputs[len(outputs) // 2]
+
+
+def _class_of(prompt_tokens: int) -> int:
+    return round(PER_OCTAVE * log2(max(1, prompt_tokens)))

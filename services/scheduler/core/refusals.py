@@ -1,0 +1,129 @@
+"""Refusals: which new requests are not taken in, and when to come again.
+
+Theory of operation. Three kinds of refusal pass by themselves. The queue is *full*: by number, or
+because its wait is above `wait_max_s`. Then the door closes until a good part of the queue has gone
+(`reopen_share` of it is left, or `closed_max_s` of work was done), and the time until then is what
+everybody is told: it can be foretold, since nothing joins meanwhile; a door that opened for each
+place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
+is refused for it hears the wait that it would have had. If it would be missed without any queue
+too, trying again does not help, and that is said.
+"""
+
+from services.scheduler.core.books import Books
+from services.scheduler.core.predict import Prediction, drained_s, predict, predicted_wait_s
+from shared import tokens
+from shared.messages import Rejected, RequestSpec
+
+RETRY_MIN_S = 0.1
+
+
+def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | None, Prediction]:
+    """Why a new request is not taken in, None if it is; and what was predicted for it."""
+    prediction = predict(books, spec, now)
+    return (
+        _never(books, spec)
+        or _full(books, spec, prediction, now)
+        or _too_late(books, spec, prediction)
+    ), prediction
+
+
+def _never(books: Books, spec: RequestSpec) -> Rejected | None:
+    """It could not be served whenever it came."""
+    context = tokens.count(spec.prompt) + spec.max_tokens
+    workers, largest = bool(books.workers.active), books.largest()
+    if spec.max_tokens < 1 or len(spec.prompt) % tokens.TOKEN_BYTES:
+        return _rejected(books, spec, "too_long", "max_tokens below 1, or a malformed prompt")
+    if workers and spec.model != books.workers.model:
+        detail = f"the workers serve {books.workers.model!r}, not {spec.model!r}"
+        return _rejected(books, spec, "unknown_model", detail)
+    if workers and largest is None:
+        return _rejected(books, spec, "no_worker", advice(books))
+    if largest is not None and context > largest:
+        detail = f"prompt and output of up to {context} tokens, but workers hold {largest}"
+        return _rejected(books, spec, "too_long", detail)
+    return None
+
+
+def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> Rejected | None:
+    """The door. Who would wait less than half as long as is allowed may pass a closed one: it has
+    a better priority than those that fill the queue."""
+    constants, door = books.constants, books.door
+    waiting, longest_s = books.waits.tokens, constants.wait_max_s
+    limit = constants.waiting_max
+    crowded = len(books.requests.open) >= limit and books.waiting >= limit
+    slow = bool(longest_s) and prediction.wait_s > longest_s
+    if door.closed and waiting <= door.opens_at_tokens:
+        door.closed = False
+    if not door.closed and not crowded and not slow:
+        return None
+    if not door.closed:
+        door.closed = True
+        at_once = constants.closed_max_s / max(1e-9, drained_s(books, waiting, now)) * waiting
+        kept = max(constants.reopen_share * waiting, waiting - at_once)
+        door.opens_at_tokens = max(0, min(int(kept), waiting - 1))
+    passes = bool(longest_s) and prediction.wait_s < constants.reopen_share * longest_s
+    if not crowded and passes:
+        return None
+    wait_s = prediction.wait_s
+    detail = f"a wait of {wait_s:.1f} s" if slow else f"{books.waiting} requests are waiting"
+    opens_s = drained_s(books, waiting - door.opens_at_tokens, now)
+    retry_s = opens_s if books.leased else predicted_wait_s(books)
+    return _rejected(books, spec, "queue_full", detail, retry_s)
+
+
+def _too_late(books: Books, spec: RequestSpec, prediction: Prediction) -> Rejected | None:
+    """A deadline that would be missed."""
+    late, wanted = books.promises.late, books.constants.deadline_chance
+    alone_s = prediction.start_s - prediction.wait_s
+    if spec.ttft_deadline_ms is not None:
+        within_s = spec.ttft_deadline_ms / 1000
+        if prediction.start_s * late > within_s:
+            detail = f"the first token is expected in {prediction.start_s:.2f} s"
+            helps = alone_s * late <= within_s
+            return _rejected(books, spec, "deadline", detail, prediction.wait_s if helps else None)
+    if spec.deadline_ms is not None:
+        within_s = spec.deadline_ms / 1000
+        if prediction.chance_of_finish(within_s, late) < wanted:
+            detail = f"the end is expected in {prediction.finish_s:.2f} s"
+            helps = prediction.chance_of_finish(within_s + prediction.wait_s * late, late) >= wanted
+            return _rejected(books, spec, "deadline", detail, prediction.wait_s if helps else None)
+    return None
+
+
+def advice(books: Books) -> str:
+    """What to do about workers that cannot be used; empty if all is well."""
+    form = books.preset.form
+    if books.workers.foreign is not None:
+        name, model = books.workers.foreign
+        return (
+            f"worker {name!r} serves {model!r} and gets no work, because this mesh serves "
+            f"{books.workers.model!r}; give each model a broker or virtual host of its own"
+        )
+    workers = books.workers.active.values()
+    if not workers or any(form in worker.info.forms for worker in workers):
+        return ""
+    engines = ", ".join(sorted({worker.info.engine for worker in workers}))
+    return (
+        f"policy {books.preset.name!r} runs {form} slices, which no worker offers (engines: "
+        f"{engines}); choose another --policy or an --engine that runs {form} slices"
+    )
+
+
+def _rejected(
+    books: Books,
+    spec: RequestSpec,
+    reason: str,
+    detail: str,
+    retry_after_s: float | None = None,
+) -> Rejected:
+    if retry_after_s is not None:
+        retry_after_s = max(RETRY_MIN_S, retry_after_s)
+        retry_after_s = min(retry_after_s, books.constants.retry_after_max_s)
+    return Rejected(
+        epoch=books.epoch,
+        gateway=spec.gateway,
+        request_id=spec.request_id,
+        reason=reason,  # type: ignore[arg-type]
+        detail=detail,
+        retry_after_s=retry_after_s,
+    )
