@@ -183,6 +183,12 @@ def _keys() -> Callable[..., None]:
     return keys
 
 
+def _accounts() -> Callable[..., None]:
+    from services.accounts_command import accounts
+
+    return accounts
+
+
 COMMANDS = {
     "serve": Command("The whole mesh on this machine, in one process.", _serve),
     "gateway": Command("The REST interface of a mesh.", lambda: _service("gateway")),
@@ -194,5 +200,6 @@ COMMANDS = {
     "plan": Command("The fewest workers that meet objectives.", _plan),
     "replay": Command("A recorded scheduler journal: are the decisions the same?", _replay),
     "calibrate": Command("A cost profile, from a table or a worker.", _calibrate),
+    "accounts": Command("Passwords and rights of the services at the broker.", _accounts),
     "keys": Command("Make an API key and its line for the gateway's key file.", _keys),
 }

@@ -8,6 +8,7 @@ gateway drains first, while there are still workers for the requests it holds; t
 import asyncio
 import importlib
 import os
+import ssl
 import sys
 import time
 import urllib.request
@@ -81,7 +82,8 @@ class Mesh:
     def url(self) -> str:
         """The gateway's base URL, from this machine."""
         host = LOCAL_HOSTS.get(self.gateway.host, self.gateway.host)
-        return f"http://{host}:{self.gateway.port}"
+        scheme = "https" if self.gateway.tls_cert_file else "http"
+        return f"{scheme}://{host}:{self.gateway.port}"
 
 
 def run_mesh(settings: MeshSettings) -> None:
@@ -136,7 +138,7 @@ def plan(settings: MeshSettings) -> Mesh:
         "bus": settings.bus,
         "log_level": settings.log_level,
         "log_format": told.get("log_format", "console" if sys.stderr.isatty() else "json"),
-        **_some(told, "otlp_endpoint", "trace_sample_ratio"),
+        **_some(told, "bus_password_file", "bus_ca_file", "otlp_endpoint", "trace_sample_ratio"),
     }
     model = checked_model(settings.model)
     history: dict[str, Any] = {}
@@ -251,9 +253,21 @@ async def _announce(mesh: Mesh, registry: CollectorRegistry, on_ready: Callable[
     on_ready()
 
 
+_our_own = ssl.create_default_context()
+"""For asking this very process, whose certificate may name any other host."""
+_our_own.check_hostname = False
+_our_own.verify_mode = ssl.CERT_NONE
+
+
 def _is_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=READY_TIMEOUT_S) as answer:  # noqa: S310
+        with (
+            urllib.request.urlopen(  # noqa: S310
+                f"{url}/ready",
+                timeout=READY_TIMEOUT_S,
+                context=_our_own if url[:6] == "https:" else None,
+            ) as answer
+        ):
             return bool(answer.status == 200)
     except OSError:
         return False

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from shared.bus.api import Bus
+from shared.bus.identity import new_id
 from shared.config import ServiceSettings, SetupError
 from shared.telemetry import setup
 from shared.telemetry.metered_bus import make_metered_bus
@@ -53,7 +53,7 @@ def serve_function(service: str) -> Serve:
 
 def boot_id_of(settings: ServiceSettings) -> str:
     """The name that the settings give this service (or its kind), and a random part."""
-    return f"{getattr(settings, 'name', '') or settings.service}-{secrets.token_hex(4)}"
+    return new_id(getattr(settings, "name", "") or settings.service)
 
 
 def run_service(settings: ServiceSettings) -> None:
@@ -93,7 +93,9 @@ async def open_bus(
 ) -> AsyncIterator[Bus]:
     """A connected bus, closed at the end. Opening ends early when `stop` is set."""
     try:
-        bus = make_metered_bus(settings.bus, service=settings.service, registry=telemetry.registry)
+        bus = make_metered_bus(
+            settings.bus_address(), service=settings.service, registry=telemetry.registry
+        )
     except ValueError as error:
         raise SetupError(f"--bus: {error}") from error
     opening = asyncio.ensure_future(bus.open())

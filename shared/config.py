@@ -5,7 +5,9 @@ error, also in the environment: a misspelt variable must not be silently without
 """
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,7 +32,11 @@ class CommandSettings(BaseSettings):
     service: ClassVar[str] = ""
 
     bus: str = "memory://"
-    """memory:// (one process) or amqp://user:password@host:port/vhost."""
+    """memory:// (one process), amqp://user:password@host:port/vhost, or amqps:// over TLS."""
+    bus_password_file: str = ""
+    """A file with the broker's password, for an address that names the user only."""
+    bus_ca_file: str = ""
+    """For amqps://: certificates (PEM) of who vouches for the broker; empty: the system's own."""
     log_level: LogLevel = "info"
     """debug, info, warning or error; debug shows tracebacks."""
     log_format: LogFormat = "json"
@@ -54,6 +60,27 @@ class CommandSettings(BaseSettings):
                 f"unknown setting {', '.join(unknown)}; `tranche {cls.service} --help` lists all"
             )
         return cls(**overrides)
+
+    def bus_address(self) -> str:
+        """`bus` with the password and the authority of their files. Raises SetupError."""
+        parts = urlsplit(self.bus)
+        if self.bus_password_file:
+            if not parts.username or parts.password is not None:
+                raise SetupError(
+                    "--bus-password-file goes with an address that names a user and no password: "
+                    "amqp://user@host/"
+                )
+            login, _, host = parts.netloc.rpartition("@")
+            password = quote(_first_line(self.bus_password_file), safe="")
+            parts = parts._replace(netloc=f"{login.rstrip(':')}:{password}@{host}")
+        if self.bus_ca_file:
+            if parts.scheme != "amqps":
+                raise SetupError("--bus-ca-file goes with amqps:// only")
+            if not Path(self.bus_ca_file).is_file():
+                raise SetupError(f"--bus-ca-file: there is no file {self.bus_ca_file}")
+            query = [*parse_qsl(parts.query), ("cafile", self.bus_ca_file)]
+            parts = parts._replace(query=urlencode(query))
+        return parts.geturl() if parts.scheme.startswith("amqp") else self.bus
 
     def masked(self) -> dict[str, Any]:
         """All settings for the log, without secrets."""
@@ -88,6 +115,16 @@ def settings_config(service: str) -> SettingsConfigDict:
         use_attribute_docstrings=True,
         env_prefix=f"{PREFIX}{service.upper()}_",
     )
+
+
+def _first_line(path: str) -> str:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"cannot read the password in {path}: {error}") from error
+    if not lines or not lines[0]:
+        raise SetupError(f"{path} holds no password in its first line")
+    return lines[0]
 
 
 def mask_url(url: str) -> str:

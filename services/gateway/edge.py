@@ -18,7 +18,8 @@ OTHER_ROUTE = "other"
 
 
 class Edge:
-    """Wraps the app. The request's id is in `scope["state"]["request_id"]`."""
+    """Wraps the app. The request's id is in `scope["state"]["request_id"]`; what the app puts into
+    `more_headers` there goes into the answer's head."""
 
     def __init__(
         self, app: ASGIApp, metrics: GatewayMetrics, log: structlog.stdlib.BoundLogger
@@ -40,10 +41,9 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                ]
+                more = {"x-request-id": request_id, **scope["state"].get("more_headers", {})}
+                encoded = [(name.encode(), value.encode()) for name, value in more.items()]
+                message["headers"] = [*message["headers"], *encoded]
             await send(message)
 
         try:

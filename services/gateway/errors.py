@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from services.gateway.core.quota import Shortage
 from shared.messages import Rejected
 
 RETRY_AFTER_MAX_S = 120.0
@@ -107,6 +108,22 @@ def busy(message: str, retry_after_s: float) -> ApiError:
     """429: too much work; it passes."""
     return ApiError(
         429, message, code="overloaded", kind="rate_limit_error", retry_after_s=retry_after_s
+    )
+
+
+def rate_limited(tenant: str, shortage: Shortage) -> ApiError:
+    """429: the tenant's quota of this minute is used up; or the request is larger than all of it,
+    and trying again will not help."""
+    advice = "Ask for fewer tokens."
+    if shortage.wait_s is not None:
+        advice = f"Try again in {shortage.wait_s:.1f} s."
+    return ApiError(
+        429,
+        f"The rate limit of {tenant} is reached, {shortage.kind} per minute: limit "
+        f"{shortage.limit}, used {shortage.used}, requested {shortage.asked}. {advice}",
+        code="rate_limit_exceeded",
+        kind=shortage.kind,
+        retry_after_s=shortage.wait_s,
     )
 
 

@@ -1,20 +1,25 @@
 """API keys: who may call, and as which tenant.
 
 The key file has one line per key: the tenant, a space, and the SHA-256 of the key in hexadecimal;
-`#` begins a comment. Keys carry 256 random bits, so a plain hash cannot be guessed backwards.
+`#` begins a comment. Behind it may stand the tenant's own limits, as `requests_per_minute=60`; one
+of its lines with them is enough. Keys carry 256 random bits, so a plain hash cannot be guessed
+backwards.
 """
 
 import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from services.gateway.core.quota import LIMIT_NAMES, TenantLimits
 from shared.config import SetupError
 
 KEY_PREFIX = "sk-tranche-"
 KEY_BYTES = 32
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LIMIT = re.compile(r"[1-9][0-9]{0,11}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 OPEN_TENANT = "default"
 """Whose requests are served where no keys are asked for."""
@@ -33,9 +38,12 @@ def make_key(tenant: str) -> tuple[str, str]:
 class KeyRing:
     """All keys of the file."""
 
-    def __init__(self, tenants: dict[str, str]) -> None:
-        """`tenants`: digest to tenant."""
+    def __init__(
+        self, tenants: dict[str, str], limits: Mapping[str, TenantLimits] | None = None
+    ) -> None:
+        """`tenants`: digest to tenant. `limits`: of the tenants that have their own."""
         self._tenants = tenants
+        self.limits = limits or {}
 
     def tenant_of(self, key: str) -> str | None:
         """Whose key it is; None: nobody's. Takes the same time for right and wrong keys."""
@@ -56,19 +64,33 @@ def read_keys(path: str) -> KeyRing | None:
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"cannot read the key file {path}: {error}") from error
     tenants: dict[str, str] = {}
+    limits: dict[str, TenantLimits] = {}
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not TENANT.fullmatch(words[0]) or not DIGEST.fullmatch(words[1]):
+        if len(words) < 2 or not TENANT.fullmatch(words[0]) or not DIGEST.fullmatch(words[1]):
             raise SetupError(
                 f"{path}, line {number}: expected a tenant and the SHA-256 of a key; "
                 "`tranche keys TENANT` makes such a line"
             )
-        tenants[words[1]] = words[0]
+        tenant, digest, *more = words
+        tenants[digest] = tenant
+        if more:
+            own = _limits(f"{path}, line {number}", more)
+            if limits.setdefault(tenant, own) != own:
+                raise SetupError(f"{path}, line {number}: {tenant} has other limits further up")
     if not tenants:
         raise SetupError(f"{path} has no key; `tranche keys TENANT` makes one")
-    return KeyRing(tenants)
+    return KeyRing(tenants, limits)
+
+
+def _limits(where: str, words: Sequence[str]) -> TenantLimits:
+    pairs = [word.partition("=") for word in words]
+    if not all(name in LIMIT_NAMES and LIMIT.fullmatch(value) for name, _, value in pairs):
+        names = ", ".join(f"{name}=NUMBER" for name in LIMIT_NAMES)
+        raise SetupError(f"{where}: behind the key may stand {names}")
+    return TenantLimits(**{name: int(value) for name, _, value in pairs})
 
 
 def _digest(key: str) -> str:

@@ -24,14 +24,34 @@ class GatewaySettings(ServiceSettings):
     """What clients call the model, and the workers too (their `model_name`); empty: the folder's
     own name, or the hub id."""
     api_keys_file: str = ""
-    """Lines of `tenant sha256-of-key`; empty: nobody needs a key."""
+    """Lines of `tenant sha256-of-key`, limits of the tenant behind them; empty: nobody needs a
+    key."""
+    tls_cert_file: str = ""
+    """Certificate chain (PEM) of the REST interface; empty: plain HTTP."""
+    tls_key_file: str = ""
+    """The certificate's private key (PEM, without a password); empty: it is in `tls_cert_file`."""
 
+    header_bytes_max: int = Field(default=65_536, ge=1_024)
+    """Request line and headers of one request; beyond: 431. Proxies add cookies and tokens."""
+    headers_max: int = Field(default=128, ge=8)
+    """Headers of one request; beyond: 431."""
+    header_timeout_s: float = Field(default=20.0, gt=0.0)
+    """Request line and headers must be here within this time, from the first byte or the
+    connection's begin: 408."""
+    connections_max: int = Field(default=4_352, ge=1)
+    """Open connections, idle ones too; beyond: 503. Four for each open request, and some beside."""
     body_bytes_max: int = Field(default=8 * 1024 * 1024, ge=1_024)
     """A prompt of 128k tokens has about 0.6 MB as text and 1 MB as ids."""
     open_requests_max: int = Field(default=1_024, ge=1)
     """Open choices of all clients (a request with n = 4 counts 4); beyond: 429."""
     tenant_requests_max: int = Field(default=0, ge=0)
-    """Open choices of one tenant; 0: only the limit above."""
+    """Open choices of one tenant; 0: only the limit above. A tenant's own limits in the key file
+    win, here and in the next two."""
+    tenant_requests_per_minute: int = Field(default=0, ge=0)
+    """Requests of one tenant, as many at once after a quiet minute; beyond: 429. 0: no limit."""
+    tenant_tokens_per_minute: int = Field(default=0, ge=0)
+    """Prompt and output tokens of one tenant; a request counts with its `max_tokens` until it has
+    ended. Beyond: 429. 0: no limit."""
     wait_max_s: float = Field(default=0.0, ge=0.0)
     """Refuse a request at once (429) if the scheduler predicts a longer wait; 0: never."""
     request_timeout_s: float = Field(default=3_600.0, gt=0.0)

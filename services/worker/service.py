@@ -178,13 +178,15 @@ class _Shell:
     async def _on_delivery(self, delivery: Delivery) -> None:
         message = delivery.message
         match message:
-            case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker() | SchedulerBeat():
+            case SchedulerBeat() | FinishAck():
                 self._put(message)
-            case FinishAck():
+            case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker() if (
+                message.worker == self._telemetry.boot_id
+            ):
                 self._put(message)
             case _:
                 self._on_error("misdirected")
-                raise Misdirected(f"{type(message).__name__} is nothing for a worker")
+                raise Misdirected(f"{type(message).__name__} is nothing for this worker")
 
     async def _pump(self, core: Worker, engine: EngineThread, tasks: asyncio.TaskGroup) -> None:
         """Every event into the core, every command out, until the core leaves."""

@@ -21,7 +21,7 @@ from shared.messages import AnyMessage, Message
 DELIVERY_LIMIT = 5
 """A message whose handler fails this often is poison; RabbitMQ 3.10 has no default, 4.x has 20."""
 
-DEAD_LETTER_EXCHANGE = "tranche.dead"
+DEAD_LETTER_EXCHANGE = "tranche.dead-letters"
 DEAD_LETTER_QUEUE = "tranche.dead"
 
 QueueKind = Literal["durable", "exclusive"]

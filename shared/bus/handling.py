@@ -49,7 +49,7 @@ async def handle(queue: str, handler: Handler, received: Received) -> Verdict:
     """
     try:
         message = decode(received.body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         _log.warning(
             "bus.undecodable",
             queue=queue,

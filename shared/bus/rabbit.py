@@ -17,7 +17,7 @@ from shared.bus.rabbit_consumer import RabbitSubscription
 from shared.bus.rabbit_epoch import raise_epoch
 from shared.bus.rabbit_line import KeptChannel, connect, hang_up
 from shared.bus.rabbit_publisher import Publisher
-from shared.bus.rabbit_queues import declare_queue
+from shared.bus.rabbit_queues import declare_queue, may_declare
 from shared.messages import Message, encode
 
 _log = structlog.get_logger(__name__)
@@ -44,6 +44,8 @@ class RabbitBus:
         self._subscriptions: set[RabbitSubscription] = set()
         self._reconnect_callbacks: list[Callable[[], None]] = []
         self._was_lost = False
+        self._given = False
+        """This account makes no shared exchanges and queues; they are the operator's."""
 
     @property
     def connected(self) -> bool:
@@ -58,11 +60,12 @@ class RabbitBus:
                 connection = await connect(self._url, name, deadline - loop.time())
                 self._connections += (connection,)
             publishing, consuming = self._connections
+            self._given = not await _may_declare(consuming, deadline - loop.time())
             self._topology = KeptChannel(
                 consuming, "topology", self._declare_all, self._on_line_change
             )
             await self._topology.open(deadline - loop.time())
-            publisher = Publisher(publishing, self._on_line_change)
+            publisher = Publisher(publishing, self._on_line_change, given=self._given)
             await publisher.open(deadline - loop.time())
             self._publisher = publisher
         except BaseException:
@@ -100,6 +103,7 @@ class RabbitBus:
             on_change=self._on_line_change,
             on_dead_letter=self._on_dead_letter,
             on_closed=self._subscriptions.discard,
+            given=self._given,
         )
         await subscription.open(DECLARE_DEADLINE_S)
         self._subscriptions.add(subscription)
@@ -111,7 +115,7 @@ class RabbitBus:
         once = KeptChannel(
             self._connections[1],
             f"queue {queue.name}",
-            lambda channel: declare_queue(channel, queue),
+            lambda channel: declare_queue(channel, queue, given=self._given),
         )
         await once.open(DECLARE_DEADLINE_S)
         await once.close()
@@ -134,7 +138,7 @@ class RabbitBus:
 
     async def _declare_all(self, channel: Channel) -> None:
         for queue in self._declared.values():
-            await declare_queue(channel, queue)
+            await declare_queue(channel, queue, given=self._given)
 
     def _on_line_change(self) -> None:
         """A channel was lost, or is back. When all are back, tell who asked for it."""
@@ -151,3 +155,21 @@ class RabbitBus:
                     callback()
                 except Exception:
                     _log.exception("bus.reconnect_callback_failed", service=self._service)
+
+
+async def _may_declare(connection: RobustConnection, deadline_s: float) -> bool:
+    """Asked once, when the bus opens."""
+    answers: list[bool] = []
+
+    async def ask(channel: Channel) -> None:
+        scratch = await channel.connection.channel()  # a refusal ends it
+        if await may_declare(scratch):
+            await scratch.close()
+            answers.append(True)
+        else:
+            answers.append(False)
+
+    probe = KeptChannel(connection, "rights", ask)
+    await probe.open(deadline_s)
+    await probe.close()
+    return answers[-1]

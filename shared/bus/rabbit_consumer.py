@@ -45,8 +45,11 @@ class RabbitSubscription:
         on_change: Callable[[], None],
         on_dead_letter: OnDeadLetter | None,
         on_closed: Callable[["RabbitSubscription"], None],
+        given: bool = False,
     ) -> None:
+        """`given`: shared queues and exchanges are the operator's."""
         self._spec = queue
+        self._given = given
         self._handler = handler
         self._on_dead_letter = on_dead_letter
         self._on_closed = on_closed
@@ -90,7 +93,7 @@ class RabbitSubscription:
         self._arrived.clear()
         self._forget_unacknowledged()
         await channel.basic_qos(prefetch_count=self._spec.prefetch)
-        await declare_queue(channel, self._spec)
+        await declare_queue(channel, self._spec, given=self._given)
         await channel.basic_consume(self._spec.name, self._on_message)
 
     async def _on_message(self, message: DeliveredMessage) -> None:

@@ -81,9 +81,14 @@ async def _raise_once(address: URL) -> int:
             )
             existed = await _exists(connection)
             channel = await _channel(connection)
-            await declare_dead_letters(await channel.get_underlay_channel())
+            if not existed:
+                await declare_dead_letters(await channel.get_underlay_channel())
             queue = await channel.declare_queue(
-                EPOCH_QUEUE, durable=True, arguments=dict(ARGUMENTS), timeout=ATTEMPT_TIMEOUT_S
+                EPOCH_QUEUE,
+                durable=True,
+                passive=existed,  # it may be the operator's, and not ours to declare
+                arguments=dict(ARGUMENTS),
+                timeout=ATTEMPT_TIMEOUT_S,
             )
             held = await _take_all(queue)
             if existed and not held:

@@ -34,7 +34,11 @@ FLUSH_TIMEOUT_S = 3.0
 class Publisher:
     """All that one bus publishes goes through here, over one channel."""
 
-    def __init__(self, connection: RobustConnection, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, connection: RobustConnection, on_change: Callable[[], None], *, given: bool = False
+    ) -> None:
+        """`given`: the exchanges are the operator's; nothing is declared."""
+        self._given = given
         self._kept = KeptChannel(connection, "publishing", self._set_up, on_change)
         self._exchanges = dict.fromkeys(EXCHANGES)
         self._window = asyncio.Semaphore(IN_FLIGHT_MAX)
@@ -116,7 +120,7 @@ class Publisher:
         channel = await self._kept.channel()
         with line_errors():
             if address.exchange not in self._exchanges:
-                await declare_exchange(channel, address.exchange)
+                await declare_exchange(channel, address.exchange, given=self._given)
                 self._exchanges[address.exchange] = None
             # While the broker is out of memory or disk it blocks publishers; do not pile up then.
             await channel.connection.ready()
@@ -141,4 +145,4 @@ class Publisher:
 
     async def _set_up(self, channel: Channel) -> None:
         for exchange in self._exchanges:
-            await declare_exchange(channel, exchange)
+            await declare_exchange(channel, exchange, given=self._given)

@@ -7,6 +7,7 @@ it depends on feature flags and buys little, a dead letter is only there to be l
 """
 
 from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelAccessRefused
 from pamqp.common import FieldTable
 
 from shared.bus.api import DEAD_LETTER_EXCHANGE, DEAD_LETTER_QUEUE, QueueSpec
@@ -20,25 +21,39 @@ DEAD_LETTERS_MAX = 100_000
 """The dead-letter queue drops its oldest past this: it is for looking at, and must never block."""
 
 
-async def declare_exchange(channel: AbstractChannel, name: str) -> None:
-    """A durable topic exchange."""
-    await channel.exchange_declare(name, exchange_type="topic", durable=True)
+DEAD_LETTER_ARGUMENTS: FieldTable = {"x-queue-type": "quorum", "x-max-length": DEAD_LETTERS_MAX}
+
+
+async def may_declare(channel: AbstractChannel) -> bool:
+    """Whether this account makes shared exchanges and queues. If not, they are the operator's
+    (`shared.bus.rights`), and the channel is closed."""
+    try:
+        await declare_exchange(channel, DEAD_LETTER_EXCHANGE)
+    except ChannelAccessRefused:
+        return False
+    return True
+
+
+async def declare_exchange(channel: AbstractChannel, name: str, *, given: bool = False) -> None:
+    """A durable topic exchange. `given`: it must be there already."""
+    await channel.exchange_declare(name, exchange_type="topic", durable=True, passive=given)
 
 
 async def declare_dead_letters(channel: AbstractChannel) -> None:
     """Where dead letters of all queues end; the original routing key and x-death tell the story."""
     await declare_exchange(channel, DEAD_LETTER_EXCHANGE)
-    await channel.queue_declare(
-        DEAD_LETTER_QUEUE,
-        durable=True,
-        arguments={"x-queue-type": "quorum", "x-max-length": DEAD_LETTERS_MAX},
-    )
+    await channel.queue_declare(DEAD_LETTER_QUEUE, durable=True, arguments=DEAD_LETTER_ARGUMENTS)
     await channel.queue_bind(DEAD_LETTER_QUEUE, DEAD_LETTER_EXCHANGE, "#")
 
 
-async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> None:
-    """The queue with its bindings, their exchanges and the dead-letter queue."""
-    await declare_dead_letters(channel)
+async def declare_queue(channel: AbstractChannel, spec: QueueSpec, *, given: bool = False) -> None:
+    """The queue with its bindings, their exchanges and the dead-letter queue. `given`: all that is
+    shared must be there already, and only an exclusive queue is made."""
+    if given and spec.kind == "durable":
+        await channel.queue_declare(spec.name, passive=True)
+        return
+    if not given:
+        await declare_dead_letters(channel)
     await channel.queue_declare(
         spec.name,
         durable=spec.kind == "durable",
@@ -46,7 +61,7 @@ async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> None:
         arguments=arguments_of(spec),
     )
     for exchange in dict.fromkeys(exchange for exchange, _ in spec.bindings):
-        await declare_exchange(channel, exchange)
+        await declare_exchange(channel, exchange, given=given)
     for exchange, pattern in spec.bindings:
         await channel.queue_bind(spec.name, exchange, pattern)
 

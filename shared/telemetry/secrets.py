@@ -1,8 +1,11 @@
-"""What must never stand in a log: passwords in addresses, authorization headers, API keys."""
+"""What must never stand in a log: passwords in addresses, authorization headers, API keys, and the
+secret parts of ids."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from shared.bus.identity import public_id
 
 HIDDEN = "***"
 DEPTH_MAX = 6
@@ -43,11 +46,13 @@ def mask(value: Any, depth: int = DEPTH_MAX) -> Any:
 
 
 def mask_text(text: str) -> str:
-    """The text with its passwords, authorization headers and API keys replaced by ***."""
+    """The text with its passwords, authorization headers and API keys replaced by ***, and ids
+    without their secret part."""
     text = _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
     text = _NAMED.sub(rf"\1\2{HIDDEN}", text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)
-    return _API_KEY.sub(HIDDEN, text)
+    text = _API_KEY.sub(HIDDEN, text)
+    return public_id(text)
 
 
 def _is_secret(name: object, value: object) -> bool:

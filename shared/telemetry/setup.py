@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from prometheus_client import CollectorRegistry
 
+from shared.bus.identity import public_id
 from shared.config import ServiceSettings
 from shared.telemetry.logs import configure_logs, service_logger
 from shared.telemetry.metrics import ProcessMetrics, metrics_for
@@ -78,7 +79,7 @@ def _provider(settings: ServiceSettings, boot_id: str) -> TracerProvider:
         {
             "service.name": f"tranche-{settings.service}",
             "service.namespace": "tranche",
-            "service.instance.id": boot_id,
+            "service.instance.id": public_id(boot_id),
         }
     )
     provider = TracerProvider(

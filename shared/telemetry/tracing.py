@@ -13,6 +13,8 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from shared.bus.identity import public_id
+
 TRACEPARENT = "traceparent"
 _NANOSECONDS = 1_000_000_000
 _propagator = TraceContextTextMapPropagator()
@@ -74,7 +76,7 @@ def open_span(
         name,
         context=context_of(parent),
         kind=kind,
-        attributes=attributes,
+        attributes={name: _shown(value) for name, value in (attributes or {}).items()},
         links=links,
         start_time=_nanoseconds(start_s),
     )
@@ -114,6 +116,10 @@ def context_of(traceparent: str) -> Context:
     It never looks at the ambient context: parents are always explicit here.
     """
     return _propagator.extract(headers_for(traceparent), context=Context())
+
+
+def _shown(value: AttributeValue) -> AttributeValue:
+    return public_id(value) if isinstance(value, str) else value
 
 
 def _span_context(traceparent: str) -> trace.SpanContext:

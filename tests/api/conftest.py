@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -66,10 +67,13 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def staged(
-    telemetry: Telemetry | None = None, beat: SchedulerBeat = FIRST_BEAT, **changes: object
+    telemetry: Telemetry | None = None,
+    beat: SchedulerBeat = FIRST_BEAT,
+    verify: ssl.SSLContext | None = None,
+    **changes: object,
 ) -> AsyncIterator[Stage]:
     """A gateway and a scripted mesh on a memory broker of their own; it is ready if the beat says
-    that there are workers."""
+    that there are workers. `verify`: whom the client trusts; it speaks TLS then."""
     broker = MemoryBroker()
     gateway_bus, mesh_bus = MemoryBus(broker), MemoryBus(broker)
     await gateway_bus.open()
@@ -78,10 +82,11 @@ async def staged(
     settings = GatewaySettings.model_validate(usual | changes)
     telemetry = telemetry or start(settings, "gateway-test")
     stop = asyncio.Event()
-    url = f"http://127.0.0.1:{settings.port}"
+    host = "https://localhost" if verify else "http://127.0.0.1"
+    url = f"{host}:{settings.port}"
     async with (
         FakeMesh(mesh_bus, beat=beat).running() as mesh,
-        httpx.AsyncClient(base_url=url, timeout=30.0) as client,
+        httpx.AsyncClient(base_url=url, timeout=30.0, verify=verify or True) as client,
         asyncio.TaskGroup() as tasks,
     ):
         serving = tasks.create_task(serve(settings, gateway_bus, telemetry, stop))

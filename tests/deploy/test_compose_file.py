@@ -11,7 +11,12 @@ import yaml  # type: ignore[import-untyped]
 from services.process import settings_class
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPOSE_FILES = ("docker-compose.yml", "deploy/compose.gpu.yml", "deploy/compose_test/compose.yml")
+COMPOSE_FILES = (
+    "docker-compose.yml",
+    "deploy/compose.gpu.yml",
+    "deploy/compose.tls.yml",
+    "deploy/compose_test/compose.yml",
+)
 MESH = ("gateway", "scheduler", "estimator", "worker")
 OPEN_FILES_MAX = 20_000
 """A common hard limit on small machines; an engine refuses to start a container that asks more."""
@@ -45,12 +50,12 @@ def test_yaml_is_tidy() -> None:
 def test_the_mesh_is_complete() -> None:
     assert COMPOSE["name"] == "tranche"
     observability = {name for name, service in SERVICES.items() if "profiles" in service}
-    assert {*MESH, "rabbitmq"} == SERVICES.keys() - observability
+    assert {*MESH, "rabbitmq", "accounts"} == SERVICES.keys() - observability
     assert observability == {"jaeger", "prometheus", "grafana"}
     assert all(SERVICES[name]["profiles"] == ["observability"] for name in observability)
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", SERVICES.keys() - {"accounts"})
 def test_every_service_is_watched_limited_and_stopped_gently(name: str) -> None:
     service = SERVICES[name]
     assert service["healthcheck"]["test"][0] == "CMD"
@@ -75,10 +80,30 @@ def test_ports_are_open_to_this_machine_only(name: str) -> None:
 def test_services_of_the_mesh_run_the_documented_command(name: str) -> None:
     service = SERVICES[name]
     assert service["command"][:3] == ["tranche", name, "--bus"]
-    assert service["command"][3].startswith("amqp://")
+    assert service["command"][3] == f"amqp://tranche-{name}@rabbitmq:5672/"
     assert service["depends_on"]["rabbitmq"]["condition"] == "service_healthy"
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+
+
+def test_every_service_sees_its_own_password_only() -> None:
+    assert SERVICES["accounts"]["network_mode"] == "none"
+    roles = (*MESH, "admin", "broker")
+    assert set(SERVICES["accounts"]["volumes"]) == {f"accounts-{r}:/accounts/{r}" for r in roles}
+    for name, service in SERVICES.items():
+        if name == "accounts":
+            continue
+        mounted = {v for v in service.get("volumes", []) if v.startswith("accounts-")}
+        wanted = {f"accounts-{name}:/account:ro"} if name in MESH else set()
+        assert mounted == ({"accounts-broker:/accounts:ro"} if name == "rabbitmq" else wanted)
+    assert "RABBITMQ_DEFAULT_PASS" not in (ROOT / "docker-compose.yml").read_text()
+
+
+def test_tls_is_for_every_service() -> None:
+    services = load("deploy/compose.tls.yml")["services"]
+    for name in MESH:
+        assert services[name]["command"][3] == f"amqps://tranche-{name}@rabbitmq:5671/"
+        assert services[name]["environment"][f"TRANCHE_{name.upper()}_BUS_CA_FILE"] == "/tls/ca.pem"
 
 
 def test_workers_can_be_scaled() -> None:

@@ -62,6 +62,11 @@ class LiveMesh:
         if self._error:
             raise MeshFailed("the mesh failed") from self._error
 
+    @property
+    def alive(self) -> bool:
+        """None of its services has failed; each takes the others with it."""
+        return self._thread.is_alive() and self._error is None
+
     def kill_worker(self) -> None:
         """End one worker without a word: its queue is gone, and its beats."""
 

@@ -43,9 +43,9 @@ class Waits:
             return
         priority, tokens = counted
         self.tokens -= tokens
-        self._by_priority[priority] -= tokens
-        if not self._by_priority[priority]:
-            del self._by_priority[priority]
+        rest = self._by_priority.pop(priority, 0) - tokens  # gone already if all had no tokens
+        if rest:
+            self._by_priority[priority] = rest
         if placed and now > request.since:
             self.served.add(now, tokens)
         self.served.turn(now, busy=bool(self._counted) and workers > 0)
