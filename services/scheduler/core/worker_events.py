@@ -237,13 +237,11 @@ def _compare_lease(books: Books, worker: Worker, resident: Resident) -> None:
 
 
 def _known_there(books: Books, worker: str, resident: Resident) -> bool:
-    """Placed there; or it ended there, and the worker keeps its tokens for the gateway."""
+    """Placed there. What has ended is not: its worker lists it because a `Drop` was lost."""
     request = books.requests.open.get(resident.request_id)
-    if request is not None:
-        return request.worker == worker and request.attempt == resident.attempt
-    done = books.requests.done.get(resident.request_id)
-    last = done.placements[-1] if done and done.placements else None
-    return last is not None and (last.worker, last.attempt) == (worker, resident.attempt)
+    if request is None:
+        return False
+    return (request.worker, request.attempt) == (worker, resident.attempt)
 
 
 def _check_batch(

@@ -1,0 +1,43 @@
+"""What storms (`python -m sim.storm`) have found in the scheduler's core, each by itself."""
+
+from shared import tokens
+from shared.messages import Cancel, Drop, Renewal, Resident, Resume, RunSlice
+from tests.core.seam import spec_of, submit
+from tests.core.test_lease_faults import bench_of, join, listing, made, placed, told
+
+
+def test_a_lease_that_is_used_up_while_a_new_leader_collects_goes_on_when_that_is_over() -> None:
+    """Seed 61: it paused until the worker's next listing, ten seconds later."""
+    bench = bench_of("vllm", epoch=2)
+    join(bench)
+    bench.say(listing(Resident(request_id="r1", attempt=7, position=0, until=9)))
+    bench.say(Resume(spec=spec_of(max_tokens=34), attempt=0))
+    bench.say(told(made(7, 0, 9)))
+    said = bench.after(1.5)
+    assert not [command for command in said if isinstance(command, Drop)]
+    assert max(r.until for r in _renewals(said)) > 9
+
+
+def test_a_lease_that_ends_while_a_new_leader_collects_is_not_taken_over() -> None:
+    bench = bench_of("vllm", epoch=2)
+    join(bench)
+    bench.say(listing(Resident(request_id="r1", attempt=7, position=0, until=9)))
+    bench.say(Resume(spec=spec_of(max_tokens=34), attempt=0, tokens=tokens.pack(range(4))))
+    bench.say(told(made(7, 0, 9, resident=False)))
+    assert not _renewals(bench.after(1.5))
+
+
+def test_a_drop_that_was_lost_is_said_again_for_a_request_that_was_cancelled() -> None:
+    """Seed 1055: its lease was held until nobody had renewed it for thirty seconds."""
+    bench = bench_of("past-future")
+    join(bench)
+    (run,) = placed(bench.say(submit(max_tokens=100)) + bench.after(0.01))
+    attempt = run.orders[0].attempt
+    drop = Drop(epoch=1, worker="w1", request_id="r1", attempt=attempt)
+    assert drop in bench.say(Cancel(gateway="g1", request_id="r1"))
+    still = Resident(request_id="r1", attempt=attempt, position=3, until=16)
+    assert bench.say(listing(still)) == [drop]
+
+
+def _renewals(said: list[object]) -> list[Renewal]:
+    return [r for command in said if isinstance(command, RunSlice) for r in command.renewals]
