@@ -240,6 +240,9 @@ class WorkerBeat(Message, frozen=True, kw_only=True):
     memory: WorkerMemory
     epoch: int = 0
     """The largest epoch that the worker has seen."""
+    heard_s: float = 0.0
+    """How long ago it last heard the beat of that epoch's leader; 0 if there was none since it
+    started or reconnected."""
     residents: tuple[Resident, ...] = ()
     """Full list; filled in the first beat after a start, a reconnect or a new epoch, and every ten
     seconds, so that what was lost on its way is noticed."""

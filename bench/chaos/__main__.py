@@ -31,7 +31,7 @@ from bench.chaos.schedule import schedule
 
 LOGS = Path(".run/chaos")
 RESULTS = Path(__file__).parents[1] / "results"
-BESIDE_S = 900.0
+BESIDE_S = 1500.0
 """Longest time of a seed beside its storm: starts, references, settling, judging."""
 
 

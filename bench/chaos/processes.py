@@ -292,11 +292,11 @@ class Processes:
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
 
-    async def until_ready(self, timeout_s: float) -> bool:
-        """Everybody is up; False after the time."""
+    async def until_ready(self, timeout_s: float, *, at_start: bool = False) -> bool:
+        """Everybody is up; False after the time, at a start also if somebody ended by itself."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while loop.time() < deadline:
+        while loop.time() < deadline and not (at_start and self.findings):
             if all(service.alive and service.up for service in self.services.values()):
                 return True
             await asyncio.sleep(0.1)

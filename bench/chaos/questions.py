@@ -21,7 +21,7 @@ MODEL = Path(__file__).parents[2] / "deploy" / "demo_model"
 TEXT = MODEL.parent / "demo_text" / "tinyshakespeare.txt"
 POOL = 40
 POOL_SEED = 11
-TOKENS_MAX = 320
+TOKENS_MAX = 240
 """Of a reference; the model's own end may come sooner, where it counts."""
 TOKENS_MIN = 24
 """Of a stream: shorter ones are seldom under way when something happens."""

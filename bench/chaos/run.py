@@ -34,7 +34,7 @@ from shared.messages import Sampling
 from tests.rabbitmq import Broker
 from tests.worker.reference import Agreement, Reference
 
-START_S = 240.0
+START_S = 420.0
 SETTLE_S = 120.0
 """After the storm: until everybody is back, and until every stream has ended."""
 CALM_ASKS = 6
@@ -67,9 +67,10 @@ async def run_seed(seed: int, seconds: float, folder: Path, oracle: Oracle, tell
     processes = Processes(folder, seed)
     try:
         await processes.start()
-        if not await processes.until_ready(START_S):
+        if not await processes.until_ready(START_S, at_start=True):
             down = [s.name for s in processes.services.values() if not s.up]
-            raise MeshNotReady(f"not ready within {START_S:g} s: {', '.join(down)}; see {folder}")
+            said = "; ".join(processes.findings) or f"not ready within {START_S:g} s"
+            raise MeshNotReady(f"{said}: {', '.join(down)}; see {folder}")
         tell("the mesh is ready")
         answers = await _references(processes, tuple(questions.values()), oracle, folder, tell)
         await processes.with_broker(Broker.wait_until_written)

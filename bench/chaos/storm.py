@@ -23,6 +23,7 @@ from bench.chaos.processes import Processes, Service
 from bench.chaos.schedule import Fault
 from shared.bus.api import BusError
 from shared.bus.connect import make_bus
+from shared.bus.identity import public_id
 from shared.bus.topology import addresses_of
 from shared.messages import DrainWorker
 from tests.rabbitmq import Broker
@@ -30,6 +31,7 @@ from tests.rabbitmq import Broker
 SEARCH_S = 4.0
 """For somebody in the fault's role; then it is void."""
 DRAIN_SAID_S = 5.0
+QUEUES = "/api/queues/%2F"
 
 
 class Storm:
@@ -123,7 +125,7 @@ class Storm:
                 raise AssertionError(f"nobody does {fault.kind}")
 
     async def _drain(self, fault: Fault, service: Service, done: Done) -> None:
-        boot_id = service.boot_id()
+        boot_id = await self._whole_id(service.boot_id())
         epoch = max((await self._processes.epochs()).values(), default=0)
         bus = make_bus(self._processes.broker.url, service="chaos")
         order = DrainWorker(epoch=epoch, worker=boot_id)
@@ -136,6 +138,19 @@ class Storm:
         finally:
             with suppress(BusError):
                 await bus.close()
+
+    async def _whole_id(self, shown: str) -> str:
+        """Logs cut off the secret part of an id; the name of the worker's queue has it."""
+        try:
+            listed = await self._processes.with_broker(
+                lambda broker: broker.management.call("GET", QUEUES)
+            )
+        except OSError:
+            return shown
+        assert isinstance(listed, list)
+        names = [str(queue["name"]) for queue in listed]
+        ids = [name.removeprefix("tranche.worker.") for name in names]
+        return next((each for each in ids if public_id(each) == shown), shown)
 
     def _later(self, fault: Fault, mend: Callable[[], None]) -> None:
         """`mend` after the fault's time, or when the storm is called off."""

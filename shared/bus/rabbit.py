@@ -15,7 +15,13 @@ from shared.bus.api import Address, BusUnavailable, Handler, QueueSpec
 from shared.bus.handling import OnDeadLetter
 from shared.bus.rabbit_consumer import RabbitSubscription
 from shared.bus.rabbit_epoch import raise_epoch
-from shared.bus.rabbit_line import KeptChannel, connect, hang_up
+from shared.bus.rabbit_line import (
+    HEARTBEAT_S,
+    SCHEDULER_HEARTBEAT_S,
+    KeptChannel,
+    connect,
+    hang_up,
+)
 from shared.bus.rabbit_publisher import Publisher
 from shared.bus.rabbit_queues import declare_queue, may_declare
 from shared.messages import Message, encode
@@ -36,6 +42,7 @@ class RabbitBus:
         queue's name for every message that this bus condemns."""
         self._url = url
         self._service = service
+        self._heartbeat_s = SCHEDULER_HEARTBEAT_S if service == "scheduler" else HEARTBEAT_S
         self._on_dead_letter = on_dead_letter
         self._connections: tuple[RobustConnection, ...] = ()
         self._publisher: Publisher | None = None
@@ -57,7 +64,9 @@ class RabbitBus:
         try:
             for purpose in ("publish", "consume"):
                 name = f"tranche {self._service} {purpose}"
-                connection = await connect(self._url, name, deadline - loop.time())
+                connection = await connect(
+                    self._url, name, deadline - loop.time(), heartbeat_s=self._heartbeat_s
+                )
                 self._connections += (connection,)
             publishing, consuming = self._connections
             self._given = not await _may_declare(consuming, deadline - loop.time())

@@ -26,7 +26,12 @@ from tenacity import (
 from yarl import URL
 
 from shared.bus.api import DEAD_LETTER_EXCHANGE, BusUnavailable
-from shared.bus.rabbit_line import ATTEMPT_TIMEOUT_S, HEARTBEAT_S, LineLost, line_errors
+from shared.bus.rabbit_line import (
+    ATTEMPT_TIMEOUT_S,
+    SCHEDULER_HEARTBEAT_S,
+    LineLost,
+    line_errors,
+)
 from shared.bus.rabbit_queues import declare_dead_letters
 from shared.bus.topology import EPOCH_QUEUE
 
@@ -34,7 +39,7 @@ _log = structlog.get_logger(__name__)
 
 LOCK_QUEUE = f"{EPOCH_QUEUE}.lock"
 DEADLINE_S = 60.0
-"""Longer than RabbitMQ takes to notice a dead holder of the lock (two heartbeats)."""
+"""Longer than RabbitMQ takes to notice a dead holder of the lock (three heartbeats)."""
 EMPTY_PATIENCE_S = 2.0
 """How long an empty queue must stay so to be believed; a return takes milliseconds."""
 LENGTH_MAX = 1000
@@ -52,7 +57,7 @@ ARGUMENTS: dict[str, str | int] = {
 async def raise_epoch(url: str, name: str) -> int:
     """One more than anybody ever got. Raises BusUnavailable."""
     address = URL(url)
-    query = {"heartbeat": str(HEARTBEAT_S), "name": name, **address.query}
+    query = {"heartbeat": str(SCHEDULER_HEARTBEAT_S), "name": name, **address.query}
     retrying = AsyncRetrying(
         wait=wait_random(0.05, 0.3),
         stop=stop_after_delay(DEADLINE_S),

@@ -57,6 +57,33 @@ def test_a_silent_worker_is_lost_after_two_seconds() -> None:
     assert recall == Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)
 
 
+def test_a_worker_that_speaks_but_hears_nothing_is_lost_while_others_hear() -> None:
+    bench = Bench()
+    bench.join("w1")
+    run = bench.run_one()
+    bench.join("w2", heard_s=0.4, epoch=1)
+    assert bench.join("w1", heard_s=2.0, epoch=1) == []
+    (recall,) = bench.join("w1", heard_s=2.1, epoch=1)
+    assert recall == Recall(epoch=1, gateway="g1", request_id="r1", attempt=run.orders[0].attempt)
+    assert bench.join("w1", heard_s=2.6, epoch=1) == [], "it may not come back deaf"
+    assert [type(said) for said in bench.join("w1", heard_s=0.1, epoch=1)] == [Drop]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "others_heard_s"),
+    [(1, 1.9), (1, 0.0), (0, 0.4)],
+    ids=["nobody hears: we were stopped, or it is our line", "nobody says", "of an old leader"],
+)
+def test_a_worker_is_not_lost_for_hearing_as_little_as_all(
+    epoch: int, others_heard_s: float
+) -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.run_one()
+    bench.join("w2", heard_s=others_heard_s, epoch=1)
+    assert bench.join("w1", heard_s=2.4, epoch=epoch) == []
+
+
 def test_a_worker_that_comes_back_is_told_what_to_drop() -> None:
     bench = Bench()
     bench.join()

@@ -85,6 +85,19 @@ def test_a_new_epoch_is_told_all_residents(bench: Bench) -> None:
     assert only(WorkerBeat, bench.do(Reconnected()))[0].residents == beat.residents
 
 
+def test_beats_say_how_long_ago_the_leader_was_heard(bench: Bench) -> None:
+    assert only(WorkerBeat, bench.wake())[0].heard_s == 0, "nobody was heard yet"
+    bench.do(SchedulerBeat(epoch=1))
+    heard_at = bench.now
+    for _ in range(3):
+        (beat,) = only(WorkerBeat, bench.wake())
+        assert beat.heard_s == pytest.approx(bench.now - heard_at)
+    bench.do(SchedulerBeat(epoch=0))
+    (beat,) = only(WorkerBeat, bench.wake())
+    assert beat.heard_s == pytest.approx(bench.now - heard_at), "an old leader does not count"
+    assert only(WorkerBeat, bench.do(Reconnected()))[0].heard_s == 0, "another line"
+
+
 def test_beats_come_twice_a_second(bench: Bench) -> None:
     times = []
     for _ in range(4):

@@ -10,6 +10,9 @@ from services.scheduler.core.workers import Batch, Worker
 from shared import tokens
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
 
+HEARD_SLACK_S = 0.25
+"""On a beat's way. All workers beat twice a second: after a stop of our own, what the others last
+said is half a second old at most, and thus well above a beat too."""
 WORKERS_OWN_REASONS = ("draining", "queue full")
 """Refusals that say nothing about the orders."""
 
@@ -154,6 +157,9 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
             books.workers_lost -= 1
         books.workers.lost.pop(name, None)
         return
+    if _is_deaf(books, event):
+        worker_lost(books, name, now)
+        return
     worker = books.workers.active.get(name)
     if worker is None and not _same_model(books, event, now):
         return
@@ -169,7 +175,7 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
         for request_id, attempt in books.workers.lost.pop(name, ()):
             _drop(books, name, request_id, attempt)
     worker.info, worker.memory, worker.seen_at = event.info, event.memory, now
-    worker.draining = event.draining
+    worker.draining, worker.heard_s = event.draining, event.heard_s
     if news:
         books.board.update(worker)
         books.largest_stale = books.lines.stirred = True
@@ -177,6 +183,17 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
         _empty_line(books, worker, now)
     if event.residents_listed:
         _listed(books, worker, event.residents, now)
+
+
+def _is_deaf(books: Books, beat: WorkerBeat) -> bool:
+    """It speaks but hears nothing, by a line that is dead one way: its leases cannot be renewed.
+    Where nobody hears us, it is our own line, or we were stopped ourselves."""
+    if beat.epoch != books.epoch or beat.heard_s <= books.constants.worker_timeout_s:
+        return False
+    lately_s = books.constants.beat_s + HEARD_SLACK_S
+    name = beat.info.worker
+    others = (w for other, w in books.workers.active.items() if other != name)
+    return any(0.0 < other.heard_s <= lately_s for other in others)
 
 
 def _same_model(books: Books, event: WorkerBeat, now: float) -> bool:
@@ -230,6 +247,8 @@ def _compare_lease(books: Books, worker: Worker, resident: Resident) -> None:
     if resident.until < request.until:
         books.reminded[request.request_id] = request
         books.touch(worker)
+    elif request.paused:
+        pass  # it rests there until its client has caught up
     elif resident.position >= resident.until and request.state is State.PLACED:
         # Should tokens be missing too, its next report does not meet ours, and it is recalled.
         worker.credit.wanting[request.request_id] = request

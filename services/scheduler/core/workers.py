@@ -28,6 +28,8 @@ class Worker:
     memory: WorkerMemory
     seen_at: float
     draining: bool = False
+    heard_s: float = 0.0
+    """What its last beat said of our own beats."""
     cool_until: float = 0.0
     batches: dict[str, Batch] = field(default_factory=dict)
     """Closed: in the order in which the worker runs them. Changed by `give` and `end` only."""

@@ -101,6 +101,7 @@ class Worker:
             kv_block_tokens=engine.kv_block_tokens,
         )
         self._epoch = 0
+        self._heard_at: float | None = None
         self._held: dict[str, Held] = {}
         self._open: dict[str, _OpenBatch] = {}
         self._leases = Leases(self._held)
@@ -156,6 +157,7 @@ class Worker:
             case TokensNotSent():
                 self._outbox.failed(event.batch, now, unroutable=event.unroutable)
             case Reconnected():
+                self._heard_at = None
                 self._beat_now(now)
             case StopWanted():
                 commands = self._drain(now)
@@ -171,6 +173,8 @@ class Worker:
             self._epoch = event.epoch
             self._beat_now(now)
             self._leases.new_leader()
+        if isinstance(event, SchedulerBeat):
+            self._heard_at = now
         return isinstance(event, SchedulerBeat) or event.worker == self._info.worker
 
     def _obey(self, event: Order, now: float) -> list[Command]:
@@ -345,11 +349,11 @@ class Worker:
             self._next_beat = now + BEAT_S
             self._list_residents |= now - self._listed_at >= LIST_S
             self._listed_at = now if self._list_residents else self._listed_at
-            out += [*self._leases.park_forgotten(now), self._beat()]
+            out += [*self._leases.park_forgotten(now), self._beat(now)]
         if self._may_leave(now):
             self._left = True
             self._list_residents = True
-            out += [self._beat(leaving=True), Leave()]
+            out += [self._beat(now, leaving=True), Leave()]
         return out
 
     def _may_leave(self, now: float) -> bool:
@@ -361,12 +365,13 @@ class Worker:
         self._next_beat = now
         self._list_residents = True
 
-    def _beat(self, *, leaving: bool = False) -> WorkerBeat:
+    def _beat(self, now: float, *, leaving: bool = False) -> WorkerBeat:
         listed, self._list_residents = self._list_residents, False
         return WorkerBeat(
             info=self._info,
             memory=self._memory,
             epoch=self._epoch,
+            heard_s=0.0 if self._heard_at is None else now - self._heard_at,
             residents=self._residents() if listed else (),
             residents_listed=listed,
             draining=self._draining,
