@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 export PYTHON TORCH VENV VLLM_VENV
 
-.PHONY: help serve test check format docs reproduce chaos peers compose-test engine-vllm-test setup-serve setup-dev clean
+.PHONY: help serve test check format docs reproduce chaos peers compose-test audit engine-vllm-test setup-serve setup-dev clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -66,6 +66,9 @@ peers: setup-dev ## the servers that `python -m bench.peers` compares with, into
 compose-test: setup-dev ## images, docker compose up, requests, scaling, a trace
 	@$(BIN)/python -m pytest -s -p no:cacheprovider deploy/compose_test
 
+audit: ## pinned packages against PyPI's advisories (needs the network)
+	@deploy/setup/audit.sh
+
 engine-vllm-test: ## the engine vllm on the real vLLM (CPU build, in an environment of its own, VLLM_VENV)
 	@deploy/setup/vllm.sh
 	@TRANCHE_TEST_ENGINES=vllm OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider \
@@ -78,6 +81,6 @@ setup-dev:
 	@deploy/setup/venv.sh dev
 
 clean: ## remove .venv, caches and what runs have left
-	rm -rf $(VENV) $(VLLM_VENV) .run .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
+	rm -rf $(VENV) $(VLLM_VENV) .venv-audit .run .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \
 	  build dist ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

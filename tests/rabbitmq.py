@@ -124,13 +124,17 @@ class Broker:
 
     folder: Path
     port: int = field(default_factory=lambda: free_ports(5))
-    """The first of five: AMQP, management, distribution, epmd, spare."""
+    """The first of five: AMQP, management, distribution, epmd, and one for `settings`."""
+    settings: str = ""
+    """More lines of rabbitmq.conf."""
+    login: str = "guest:guest"
+    """Of somebody who may manage it; another one where `settings` load accounts."""
     _process: "subprocess.Popen[bytes] | None" = None
 
     @property
     def management(self) -> Management:
         return Management(
-            f"amqp://guest:guest@127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port + 1}"
+            f"amqp://{self.login}@127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port + 1}"
         )
 
     @property
@@ -225,7 +229,7 @@ class Broker:
             "management.tcp.ip = 127.0.0.1\n"
             f"management.tcp.port = {self.port + 1}\n"
             "vm_memory_high_watermark.absolute = 1GB\n"
-            "disk_free_limit.absolute = 50MB\n"
+            "disk_free_limit.absolute = 50MB\n" + self.settings
         )
         (self.folder / "enabled_plugins").write_text("[rabbitmq_management].\n")
 

@@ -38,7 +38,8 @@ STATUSES = {
     "408": "The request's own deadline passed, or its stream was read too slowly.",
     "413": "The body is too large.",
     "415": "The body is no JSON.",
-    "429": "Too much work now; see Retry-After.",
+    "429": "Too much work now, or a rate limit; see Retry-After and x-ratelimit headers.",
+    "431": "The head is too large.",
     "500": "The output failed.",
     "503": "The mesh is not there now; see Retry-After.",
 }
@@ -75,7 +76,27 @@ def _document(app: FastAPI) -> dict[str, Any]:
                     _header("x-tranche-ttft-ms", "First token wanted within so many ms."),
                     _header("x-tranche-deadline-ms", "Whole answer wanted within so many ms."),
                 ]
+    _link(document["paths"])
     return document
+
+
+def _link(paths: dict[str, Any]) -> None:
+    """What an answer is good for next: tools follow these links from call to call."""
+    listing, one = paths["/v1/models"]["get"], paths["/v1/models/{model_id}"]["get"]
+    served, used = "$response.body#/data/0/id", "$response.body#/model"
+    prompts = ({"prompt": "ROMEO:"}, {"messages": [{"role": "user", "content": "Good morrow!"}]})
+    links = {"model": _to(one, parameters={"model_id": served})}
+    for (path, kind), prompt in zip(BODIES.items(), prompts, strict=True):
+        generating = paths[path]["post"]
+        body = {"model": served, "max_tokens": 8, **prompt}
+        links[kind.__name__] = _to(generating, requestBody=body)
+        back = {"model": _to(one, parameters={"model_id": used}), "models": _to(listing)}
+        generating["responses"]["200"]["links"] = back
+    listing["responses"]["200"]["links"] = links
+
+
+def _to(operation: dict[str, Any], **given: Any) -> dict[str, Any]:
+    return {"operationId": operation["operationId"], **given}
 
 
 def _body(name: str) -> dict[str, Any]:
@@ -100,6 +121,6 @@ def _responses(path: str) -> dict[str, Any]:
         responses["503"] = {"description": "Not ready.", "content": good}
     elif path.startswith("/v1/"):
         for status, text in STATUSES.items():
-            if path in BODIES or status in ("401", "404", "405"):
+            if path in BODIES or status in ("401", "404", "405", "431"):
                 responses[status] = {"description": text, "content": error}
     return responses

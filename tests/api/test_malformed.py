@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +17,19 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    ensure_resource_availability,
     response_schema_conformance,
     status_code_conformance,
+    use_after_free,
 )
 
 from tests.api.conftest import LiveGateway
 
 CASES = 2000
-SCHEMA_EXAMPLES = 40
+SCHEMA_EXAMPLES = int(os.environ.get("TRANCHE_FUZZ_EXAMPLES", "40"))
+"""Of each operation; hundreds are for a run of their own (docs/security.md)."""
+SEQUENCES = max(8, SCHEMA_EXAMPLES // 5)
+STEPS = 6
 ANSWER_S = 60
 """A chat without max_tokens may fill the context."""
 STRANGE: list[Any] = [
@@ -157,3 +164,43 @@ def test_schema_of_the_api(live_gateway: LiveGateway, mode: GenerationMode) -> N
     assert tested >= 2
     assert 400 in statuses
     assert mode is GenerationMode.NEGATIVE or 200 in statuses
+
+
+def test_sequences_of_calls(live_gateway: LiveGateway) -> None:
+    """schemathesis: along the document's links, each call made of what the last one answered."""
+    root = live_gateway.base_url.removesuffix("/v1")
+    schema = schemathesis.openapi.from_url(f"{root}/openapi.json")
+    called: Counter[tuple[str, int]] = Counter()
+
+    class Client(schema.as_state_machine()):  # type: ignore[misc]
+        def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
+            if isinstance(case.body, dict):
+                case.body["model"] = "demo_model"
+            return {"timeout": ANSWER_S}
+
+        def validate_response(
+            self, response: schemathesis.Response, case: schemathesis.Case, **_: Any
+        ) -> None:
+            called[case.operation.label, response.status_code] += 1
+            checks = [*CHECKS, use_after_free, ensure_resource_availability]
+            case.validate_response(response, checks=checks)
+
+    Client.run(
+        settings=settings(
+            max_examples=SEQUENCES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate,),
+        )
+    )
+    good = {operation for operation, status in called if status == 200}
+    assert good >= {
+        "GET /v1/models",
+        "GET /v1/models/{model_id}",
+        "POST /v1/completions",
+        "POST /v1/chat/completions",
+    }, called
+    assert not [status for _, status in called if status >= 500]

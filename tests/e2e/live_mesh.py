@@ -7,7 +7,7 @@ import socket
 import threading
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,11 @@ def live_mesh(
     slice_tokens: int | None = None,
     policy: str | None = None,
     model: str | Path = DEMO_MODEL,
+    adjust: Callable[[Mesh], Mesh] = lambda mesh: mesh,
     **more: Any,
 ) -> Iterator[LiveMesh]:
     """Serve on a free port. `bus` is an AMQP address, or empty for a fresh one in memory; `more`
-    are further settings of `tranche serve`."""
+    are further settings of `tranche serve`, `adjust` changes those of its services."""
     url = bus or f"memory://{uuid.uuid4().hex}"
     given = {"slice_tokens": slice_tokens, "policy": policy, **more}
     settings = MeshSettings.load(
@@ -126,7 +127,7 @@ def live_mesh(
         port=_free_port(),
         **{name: value for name, value in given.items() if value is not None},
     )
-    mesh = LiveMesh(_for_tests(plan(settings)))
+    mesh = LiveMesh(adjust(_for_tests(plan(settings))))
     try:
         yield mesh
     finally:

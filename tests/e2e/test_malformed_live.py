@@ -13,6 +13,7 @@ raw = test_malformed.raw
 test_mutations = test_malformed.test_mutations
 test_broken_http = test_malformed.test_broken_http
 test_schema_of_the_api = test_malformed.test_schema_of_the_api
+test_sequences_of_calls = test_malformed.test_sequences_of_calls
 
 
 @pytest.fixture(scope="module")

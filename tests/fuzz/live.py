@@ -13,7 +13,9 @@ over, with an epoch from a queue that was full of rubbish.
 import argparse
 import asyncio
 import json
+import os
 import time
+import uuid
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ from shared.messages import AnyMessage, Message, SchedulerBeat, WorkerBeat, deco
 from tests.e2e.asking import Question, ask_all
 from tests.e2e.live_mesh import live_mesh
 from tests.fuzz.mutate import mutated, valid
-from tests.rabbitmq import Broker, Management, make_broker
+from tests.rabbitmq import Broker, Management, make_broker, management_of
 
 TOKENS_EACH = 60
 QUESTIONS = [
@@ -224,20 +226,30 @@ def report(found: Found, seed: int) -> str:
 
 
 def main() -> None:
-    """The command line; with a broker of our own."""
+    """The command line; with the broker that AMQP_URL names, or else one of our own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=5_000)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    outside = os.environ.get("AMQP_URL")
+    if outside:
+        _run(management_of(outside), arguments.messages, arguments.seed)
+        return
     broker: Broker = make_broker()
     try:
         broker.start()
-        vhost = "fuzz"
-        broker.management.create_vhost(vhost)
-        found = fuzz(broker.management, vhost, arguments.messages, arguments.seed)
-        print(report(found, arguments.seed))
+        _run(broker.management, arguments.messages, arguments.seed)
     finally:
         broker.close()
+
+
+def _run(management: Management, messages: int, seed: int) -> None:
+    vhost = f"fuzz-{uuid.uuid4().hex}"
+    management.create_vhost(vhost)
+    try:
+        print(report(fuzz(management, vhost, messages, seed), seed))
+    finally:
+        management.delete_vhost(vhost)
 
 
 if __name__ == "__main__":
