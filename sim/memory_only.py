@@ -46,7 +46,7 @@ QUIRKS = Constants(
     history_window=1000,
 )
 """The artifact's simulator, as named settings of the gates."""
-HISTORY_GATES = frozenset({"past-future", "larry-b"})
+HISTORY_GATES = frozenset({"past-future", "larry-b", "chance"})
 """Only these look at the history; for others it is not prepared."""
 
 
@@ -83,7 +83,7 @@ def simulate(
     """Run one policy over the requests of `source`, in their order. `gate` is a name of GATES;
     `seed` that of its draws; `progress` hears (requests taken, all), `look` after each round what
     was done and what is held."""
-    run = _Run(source, gate, constants, seed, capacity_tokens)
+    run = Run(source, gate, constants, seed, capacity_tokens)
     while not run.exhausted:
         run.ten_steps()
         run.round()
@@ -93,13 +93,15 @@ def simulate(
 
 
 @dataclass(slots=True)
-class _Waiting:
+class Waiting:
+    """One that waits."""
+
     prompt: int
     output: int
     made: int = 0
 
 
-class _Run:
+class Run:
     """The state between rounds. Arrays: one entry per running request, in order of admission."""
 
     def __init__(
@@ -114,7 +116,7 @@ class _Run:
         self._caps = self._made
         self._held = self._until_end = 0
         self._true_peak: int | None = None
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[Waiting] = deque()
         self._history: deque[int] = deque(maxlen=constants.history_window)
         self._lengths: LengthModel | None = None
         self._refused = False
@@ -192,19 +194,27 @@ class _Run:
         self._grow(1)
         ended = self._made >= self._output
         if ended.any():
-            self._history.extend(self._made[ended].tolist())
-            self._finished += int(ended.sum())
-            if self._gate_name in HISTORY_GATES:
-                self._lengths = None
+            self._ended(ended)
             self._keep(~ended)
         self._memory_sum += self._held
         self._memory_samples += 1
+        self._check_memory()
+
+    def _ended(self, ended: NDArray[np.bool_]) -> None:
+        """They go into the history."""
+        self._history.extend(self._made[ended].tolist())
+        self._finished += int(ended.sum())
+        if self._gate_name in HISTORY_GATES:
+            self._lengths = None
+
+    def _check_memory(self) -> None:
+        """Evict until it lasts."""
         while self._held > self._capacity:
             self._evict_latest()
 
     def _evict_latest(self) -> None:
         made, output = int(self._made[-1]), int(self._output[-1])
-        self._queue.appendleft(_Waiting(int(self._prompt[-1]), output, made))
+        self._queue.appendleft(Waiting(int(self._prompt[-1]), output, made))
         self._keep(slice(-1))
         self._evictions += 1
 
@@ -225,7 +235,7 @@ class _Run:
     def round(self) -> None:
         """Admit from the head until one is refused, the prompts are many, or none is left."""
         gate = GATES[self._gate_name](self._view())
-        joined: list[_Waiting] = []
+        joined: list[Waiting] = []
         prefill = 0
         while prefill < PREFILL_TOKENS_MAX:
             head = self._head()
@@ -244,10 +254,10 @@ class _Run:
         if not self.exhausted:
             self._sample_round()
 
-    def _head(self) -> _Waiting | None:
+    def _head(self) -> Waiting | None:
         """Who is next; from the source when nobody waits."""
         if not self._queue and self.taken < len(self._source):
-            self._queue.append(_Waiting(*self._source[self.taken]))
+            self._queue.append(Waiting(*self._source[self.taken]))
             self.taken += 1
         return self._queue[0] if self._queue else None
 
@@ -258,7 +268,7 @@ class _Run:
         members = Columns(self._prompt, self._made, self._caps, self._output)
         return View(self._capacity, 1, members, self._lengths, self._constants, self._draws)
 
-    def _join(self, joined: Sequence[_Waiting]) -> None:
+    def _join(self, joined: Sequence[Waiting]) -> None:
         self._put(
             np.append(self._prompt, [entry.prompt for entry in joined]),
             np.append(self._made, [entry.made for entry in joined]),

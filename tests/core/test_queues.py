@@ -110,6 +110,32 @@ def work_s(request: Request) -> float:
     return request.input_tokens * PREFILL_TOKEN_S
 
 
+def latest_start(request: Request) -> float | None:
+    """By what is expected of it, when it has to begin to keep its deadlines."""
+    prefill_s, spec = request.input_tokens * PREFILL_TOKEN_S, request.spec
+    decode_s = (expected_output(request) - request.output_tokens) * TOKEN_S
+    dues = []
+    if request.output_tokens == 0 and spec.ttft_deadline_ms is not None:
+        dues.append(spec.ttft_deadline_ms / 1000 - prefill_s)
+    if spec.deadline_ms is not None:
+        dues.append(spec.deadline_ms / 1000 - prefill_s - decode_s)
+    return request.arrived_at + min(dues) if dues else None
+
+
+def is_late(request: Request, now: float) -> bool:
+    latest = latest_start(request)
+    return latest is not None and latest < now
+
+
+def volume_key(request: Request) -> float:
+    """Arrival and at most 10 s, or when it has to begin."""
+    left = expected_output(request) - request.output_tokens
+    share = min(1.0, (request.input_tokens * left + left**2 / 2) / (3 * 1e5))
+    began = request.since if request.output_tokens else request.arrived_at
+    latest = latest_start(request)
+    return min(began + 10 * share, latest if latest is not None else float("inf"))
+
+
 DEFINITIONS: dict[str, Callable[[Request, float, int], object]] = {
     "fcfs": lambda r, now, count: 0,
     "sjf": lambda r, now, count: expected_output(r),
@@ -145,15 +171,16 @@ class Plain:
             self.last = request.spec.tenant
 
     def ordered(self, now: float) -> list[Request]:
-        ranks: dict[tuple[int, bool], list[Request]] = {}
+        ranks: dict[tuple[int, bool, bool], list[Request]] = {}
         for request in self.waiting.values():
             victim = self.victims_first and request.evicted_at > 0
-            ranks.setdefault((request.spec.priority, not victim), []).append(request)
+            late = self.name == "volume" and not victim and is_late(request, now)
+            ranks.setdefault((request.spec.priority, not victim, late), []).append(request)
         ordered: list[Request] = []
-        for (_, other), members in sorted(ranks.items()):
+        for (_, other, _), members in sorted(ranks.items()):
             if not other:
                 ordered += sorted(members, key=lambda r: (-r.evicted_at, r.number))
-            elif self.name == "fair":
+            elif self.name in ("fair", "volume"):
                 ordered += self._by_turns(members)
             else:
                 key = DEFINITIONS[self.name]
@@ -162,10 +189,16 @@ class Plain:
         return ordered
 
     def _by_turns(self, members: list[Request]) -> list[Request]:
-        given, rest, ordered = dict(self.given), sorted(members, key=lambda r: r.number), []
+        given, rest, ordered = dict(self.given), list(members), []
+        key = volume_key if self.name == "volume" else lambda request: 0.0
         while rest:
             least = min(given[r.spec.tenant] for r in rest)
-            chosen = next(r for r in rest if given[r.spec.tenant] == least)
+            tenants = {r.spec.tenant for r in rest if given[r.spec.tenant] == least}
+            heads = [
+                min((r for r in rest if r.spec.tenant == t), key=lambda r: (key(r), r.number))
+                for t in tenants
+            ]
+            chosen = min(heads, key=lambda r: r.number)
             rest.remove(chosen)
             ordered.append(chosen)
             given[chosen.spec.tenant] += chosen.input_tokens
@@ -232,6 +265,8 @@ def test_a_queue_is_in_the_order_of_its_definition(
                 queue.push(request, now)
         expected = plain.ordered(now)
         assert [r.number for r in queue.ordered(now)] == [r.number for r in expected]
+        few = [r.number for r in queue.first(3, now)]
+        assert few == [r.number for r in expected[:3]]
         assert queue.head(now) is (expected[0] if expected else None)
         assert len(queue) == len(expected)
 

@@ -140,6 +140,8 @@ class History:
                     lengths=pack(row.output_tokens for row in known.window),
                     censored=array("B", [is_censored(row) for row in known.window]).tobytes(),
                     finished=sum(known.totals[reason] for reason in LENGTH_REASONS),
+                    prompts=pack(row.prompt_tokens for row in known.window),
+                    predicted=_predicted(known.window),
                 )
                 for model, known in sorted(self._classes.items())
                 if known.window
@@ -157,6 +159,12 @@ class History:
         return self._classes[model]
 
 
+def _predicted(window: Iterable[Finished]) -> bytes:
+    """Predictions, 0 where there is none; empty if there are none at all."""
+    values = [row.predicted_output_tokens or 0 for row in window]
+    return pack(values) if any(values) else b""
+
+
 def is_censored(finished: Finished) -> bool:
     """The token limit cut the output: it would have been longer."""
     return finished.reason == "length"
@@ -164,8 +172,8 @@ def is_censored(finished: Finished) -> bool:
 
 def fault_of(finished: Finished) -> str:
     """Why a report cannot be true; empty if it can. Nothing on the bus is trusted to be sane."""
-    for name in ("prompt_tokens", "output_tokens", "max_tokens"):
-        value: int = getattr(finished, name)
+    for name in ("prompt_tokens", "output_tokens", "max_tokens", "predicted_output_tokens"):
+        value: int = getattr(finished, name) or 0
         if not 0 <= value <= LENGTH_MAX:
             return f"{name} is {value}"
     if not finished.request_id:

@@ -9,9 +9,11 @@ from services.scheduler.core.draws import Draws
 from services.scheduler.core.lines import Lines
 from services.scheduler.core.outputs import Outputs
 from services.scheduler.core.policies.batching import SORTED_BY_LENGTH
+from services.scheduler.core.policies.chance import Margin
 from services.scheduler.core.policies.estimates import Estimates
 from services.scheduler.core.policies.lengths import Histories, LengthModel
 from services.scheduler.core.policies.queues import QUEUES
+from services.scheduler.core.policies.survival import kind_of
 from services.scheduler.core.presets import Preset
 from services.scheduler.core.promises import Promises
 from services.scheduler.core.rate import Pace
@@ -129,6 +131,8 @@ class Books:
     promises: Promises = field(default_factory=Promises)
     """Predictions that were told, and how far they were off."""
     door: Door = field(default_factory=Door)
+    margin: Margin = field(default_factory=Margin)
+    """What `chance` keeps free, and by what it is steered."""
     largest_known: int | None = None
     largest_stale: bool = True
     """Workers came, went or changed since."""
@@ -142,6 +146,10 @@ class Books:
     def lengths(self) -> LengthModel:
         """The history of the model that this mesh serves."""
         return self.histories.of(self.forecast, self.workers.model)
+
+    def kind_of(self, request: Request) -> int:
+        """The class of a request, by which its output is expected."""
+        return kind_of(request.prompt_tokens, request.spec.predicted_output_tokens)
 
     def holds(self, worker: Worker) -> int:
         """The most tokens, prompt and output, of one request that this worker can serve. A closed
@@ -215,10 +223,16 @@ def new_books(
         known = request.output_tokens
         return known + books.lengths.expected_remaining(known, request.spec.max_tokens)
 
+    def left_by_class(request: Request) -> float:
+        made, cap = request.output_tokens, request.spec.max_tokens
+        return books.lengths.left_tokens(made, cap, books.kind_of(request))
+
     estimates = Estimates(
         output_tokens=output_tokens,
         prefill_s=lambda request: pace.prefill_s(request.input_tokens),
         token_s=lambda: pace.token_s,
+        left_by_class=left_by_class,
+        mean_volume=lambda: books.margin.mean_volume,
     )
     books = Books(
         preset=preset,

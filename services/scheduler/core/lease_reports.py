@@ -77,9 +77,7 @@ def _stopped(
     """Its KV is freed before its end: parked, evicted by the engine, or the worker is leaving."""
     parked = request.state is State.PARKING
     if parked or result.evicted:
-        request.evicted_at = now
-        request.evictions += 1
-        books.evictions += 1
+        moves.evicted(books, request, now)
     request.refusals = 0 if made or parked or result.evicted else request.refusals + 1
     if request.refusals > books.constants.refusals_max:
         detail = result.detail or "its slices make no tokens"

@@ -4,7 +4,8 @@ Renewal is the rule: whoever has little left of its lease gets the next one, in 
 admission, as long as blocks are free. Where none are, the preset's victim is parked: its lease
 ends, its blocks come back with the worker's answer, and it waits again, first in its line. Only
 when everybody here can go on does anybody join: the head of the line, if the preset's gate admits
-it and its first lease can be reserved. Nobody overtakes a refused head.
+it and its first lease can be reserved. A refused head is overtaken by nobody, or, with
+`backfill_max`, by few and not often.
 
 A round looks only at workers where something changed, and a head that a worker refused is not
 tried there again before something changes. What is left of a long round is done at the next
@@ -119,7 +120,7 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
     credit = worker.credit
     capacity = credit.capacity_blocks(worker.memory.kv_tokens_capacity)
     for request in list(credit.wanting.values()):
-        if request.state is not State.PLACED:
+        if request.state is not State.PLACED or request.paused:
             credit.wanting.pop(request.request_id, None)
             continue
         lease = _lease_tokens(books, worker, request, capacity)
@@ -243,7 +244,26 @@ def _admit_from_centre(books: Books, round_: _Round) -> None:
     line = books.lines.central
     while round_.tests_left > 0:
         request = line.head(round_.now)
-        if request is None or not _admit_somewhere(books, request, round_):
+        if request is None:
+            return
+        if not _admit_somewhere(books, request, round_):
+            break
+    if books.constants.backfill_max and round_.tests_left > 0:
+        _fill_up(books, round_)
+
+
+def _fill_up(books: Books, round_: _Round) -> None:
+    """Behind a refused head: whoever of the next few fits, but nobody behind one that has been
+    overtaken too often."""
+    constants = books.constants
+    passed: list[Request] = []
+    for request in books.lines.central.first(1 + constants.backfill_max, round_.now):
+        if passed and round_.tests_left > 0 and _admit_somewhere(books, request, round_):
+            for other in passed:
+                other.overtaken += 1
+        else:
+            passed.append(request)
+        if any(other.overtaken >= constants.overtaken_max for other in passed):
             return
 
 
@@ -327,15 +347,20 @@ def _view(books: Books, worker: Worker) -> View:
         lengths=books.lengths,
         constants=books.constants,
         draws=books.draws,
+        margin_z=books.margin.z,
     )
 
 
 def _member(books: Books, request: Request, made: int) -> Member:
+    """With `made` tokens, those that its lease covers among them."""
     return Member(
         prompt_tokens=request.prompt_tokens,
         made=made,
         cap=request.spec.max_tokens,
         true_output=books.truth(request.request_id) if books.truth else 0,
+        leased=made - request.output_tokens,
+        predicted=request.spec.predicted_output_tokens or 0,
+        returning=request.evicted_at > 0,
     )
 
 
@@ -352,7 +377,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> No
     if gate is not None:
         gate.add(_member(books, request, until))
     moves.place(books, request, worker.info.worker, out.batch_id, now)
-    request.heard_at, request.evicted_at = now, 0.0
+    request.heard_at, request.evicted_at, request.overtaken = now, 0.0, 0
     worker.credit.take(request, until)
     books.lines.charge(request, worker, request.input_tokens, 0)
     books.board.update(worker)

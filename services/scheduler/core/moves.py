@@ -84,11 +84,29 @@ def place(books: Books, request: Request, worker: str, batch_id: str, now: float
 
 
 def hold(
+    _weigh(books, request)
     books: Books,
     request: Request,
     cause: Cause,
     worker: str,
     batch_id: str,
+def _weigh(books: Books, request: Request) -> None:
+    """Its expected volume goes into the mean, for orders that ask how large a request is."""
+    if books.leased and books.preset.order == "volume":
+        left, held = books.estimates.left_tokens(request), request.input_tokens
+        books.margin.saw_volume(held * left + left * left / 2)
+
+
+def evicted(books: Books, request: Request, now: float) -> None:
+    """It lost its place for want of memory."""
+    request.evicted_at = now
+    request.evictions += 1
+    books.evictions += 1
+    margin, constants = books.margin, books.constants
+    return_s = books.pace.prefill_s(request.input_tokens)
+    margin.saw_eviction(constants, margin.target(constants, books.board.taking), return_s)
+
+
     attempt: int,
     now: float,
 ) -> None:
@@ -162,6 +180,8 @@ def finish(
             max_tokens=spec.max_tokens,
             predicted_output_tokens=spec.predicted_output_tokens,
             reason=reason,
+        margin, constants = books.margin, books.constants
+        margin.saw_finish(constants, margin.target(constants, books.board.taking), now)
         )
     )
 

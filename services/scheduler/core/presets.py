@@ -107,6 +107,12 @@ COLD_START: Mapping[str, Value] = MappingProxyType(
 PAST_FUTURE: Mapping[str, Value] = MappingProxyType({"future_reserve": 0.05, **COLD_START})
 """The victim is the one that holds most [T]: evicted requests miss a limit on token gaps whatever
 their age, so what counts is how few they are (docs/reproduction.md, goodput under an SLA)."""
+TRANCHE: Mapping[str, Value] = MappingProxyType(
+    {
+        "backfill_max": 15,
+        "victim_kv_exponent": 0.5,  # a victim computes what it held anew
+    }
+)
 SAL_LARRY: Mapping[str, Value] = MappingProxyType(
     {"victim_spared_tokens": 256, **COLD_START}  # y is not known [R]
 )
@@ -307,6 +313,21 @@ _ROWS = (
         summary="Our reconstruction of the survey's pair: SAL binds to the least of queued prefill "
         "and missing memory; LARRY orders by load-adaptive short-first with ageing, behind a "
         "gate that keeps a share of memory for what the running ones grow.",
+    ),
+    Preset(
+        name="tranche",
+        order="volume",
+        admission="chance",
+        batching="continuous",
+        offloading="late-binding",
+        pacing="fixed",
+        form="leased",
+        victim="farthest-end",
+        constants=TRANCHE,
+        summary="Ours: joins if a calibrated chance says that memory will last, one target for "
+        "every workload; deadlines, tenants and small requests are looked after in the order, "
+        "smaller ones fill what a refused head leaves free, and each goes to the worker with the "
+        "least prefill queued.",
     ),
 )
 

@@ -126,6 +126,8 @@ class Request:
     refusals: int = 0
     asks: int = 0
     asked_position: int = -1
+    overtaken: int = 0
+    """How often one behind it was placed in its stead since it waits."""
     recalls: int = 0
     recall_attempt: int = 0
     published: bool = False

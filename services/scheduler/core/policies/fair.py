@@ -8,8 +8,9 @@ tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Insid
 come, first served. Tenants are charged over all priorities, but priorities come first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import Protocol
 
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Lane, Sorted
 from services.scheduler.core.policies.ranks import Ranked
@@ -56,6 +57,16 @@ class Rising:
             else:
                 return name
         return None
+
+    def leasts(self, count: int) -> list[str]:
+        """The names with the least keys, as many as there are up to `count`."""
+        found: list[str] = []
+        while len(found) < count and (name := self.least()) is not None:
+            found.append(name)
+            self.drop(name)
+        for name in found:
+            self.post(name)
+        return found
 
     def _entry(self, name: str) -> tuple[Key, int, str]:
         self._posts += 1
@@ -113,19 +124,28 @@ class Accounts:
                 del self._given[tenant]
 
 
+class Tenant(Lane, Protocol):
+    """The requests of one tenant, whose first few are at hand."""
+
+    def first(self, count: int) -> list[Request]: ...
+
+
 class Fair:
     """A lane in which the tenant with the least counter is next."""
 
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(
+        self, accounts: Accounts, tenant: Callable[[], Tenant] = lambda: Sorted(lambda r: ())
+    ) -> None:
         self._accounts = accounts
-        self._tenants: dict[str, Sorted] = {}
+        self._tenant = tenant
+        self._tenants: dict[str, Tenant] = {}
         self._least = Rising(self._key)
         self._count = 0
 
     def push(self, request: Request) -> None:
         tenant = request.spec.tenant
         if tenant not in self._tenants:
-            self._tenants[tenant] = Sorted(lambda r: ())
+            self._tenants[tenant] = self._tenant()
         before = len(self._tenants[tenant])
         self._tenants[tenant].push(request)
         self._count += len(self._tenants[tenant]) - before
@@ -151,11 +171,19 @@ class Fair:
     def ordered(self, now: float) -> list[Request]:
         """As if each were charged its input when its turn comes: a request comes when its tenant
         has been given what those before it will be."""
+        return self._by_turns({name: lane.ordered(now) for name, lane in self._tenants.items()})
+
+    def first(self, count: int, now: float) -> list[Request]:
+        """The first few, of at most as many tenants."""
+        names = self._least.leasts(count)
+        return self._by_turns({name: self._tenants[name].first(count) for name in names})[:count]
+
+    def _by_turns(self, lanes: Mapping[str, Sequence[Request]]) -> list[Request]:
         turns: list[tuple[float, int, int]] = []
         requests: list[Request] = []
-        for tenant, lane in self._tenants.items():
+        for tenant, lane in lanes.items():
             given = self._accounts.given(tenant)
-            for request in lane.ordered(now):
+            for request in lane:
                 turns.append((given, request.number, len(requests)))
                 requests.append(request)
                 given += self._accounts.price(request.input_tokens, 0)

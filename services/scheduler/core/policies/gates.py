@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from services.scheduler.core.policies.chance import chance
 from services.scheduler.core.policies.future import Future
 from services.scheduler.core.policies.members import Columns, Member, View, columns
 from services.scheduler.core.settings import Constants
@@ -327,6 +328,7 @@ SURE_SHARE: dict[str, Callable[[Constants], float]] = {
     "next-step": lambda constants: 1.0,
     "larry-a": lambda constants: 1 - constants.larry_reserve,
     "larry-b": lambda constants: 1.0 if constants.lengths_within_cap else 0.0,
+    "chance": lambda constants: 1.0 if constants.lengths_within_cap else 0.0,
 }
 """Of each gate the share of memory within which it admits for certain, if even the longest outputs
 of everybody stay below it. 0: nothing is certain, since it may expect more than that."""
@@ -342,4 +344,5 @@ GATES: dict[str, Callable[[View], Gate]] = {
     "next-step": next_step,
     "larry-a": larry_a,
     "larry-b": larry_b,
+    "chance": chance,
 }

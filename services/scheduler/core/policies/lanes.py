@@ -7,7 +7,7 @@ nothing to be re-ranked now and then. Ties go to the earlier arrival.
 """
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 from typing import Protocol
 
 import numpy as np
@@ -74,6 +74,10 @@ class Sorted:
                 return entry[3]
             heappop(self._heap)
         return None
+
+    def first(self, count: int) -> list[Request]:
+        """The first few: O(n)."""
+        return [entry[3] for entry in nsmallest(count, self._live.values())]
 
     def ordered(self, now: float) -> list[Request]:
         return [entry[3] for entry in sorted(self._live.values())]

@@ -10,12 +10,14 @@ what is beyond the longest full one is open-ended, which ends at each request's 
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.core.draws import Draws
+from services.scheduler.core.policies.survival import Survival, kinds_of, survival_of
 from services.scheduler.core.settings import Constants
 from shared.messages import LengthClass, LengthForecast
 from shared.tokens import TOKEN_BYTES
@@ -23,6 +25,8 @@ from shared.tokens import TOKEN_BYTES
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+REMEMBERED_MAX = 4096
+"""Expectations kept until the history changes."""
 OPEN_END = 1 << 40
 """A length that is not known to end: above every limit."""
 
@@ -43,6 +47,28 @@ class LengthModel:
     _sums: list[float]
     """Of the first k lengths."""
     _sorted: list[int]
+    _survival_of: Callable[[], Survival]
+    _survival: list[Survival] = field(default_factory=list)
+    """Made when somebody first asks."""
+    _left: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Of new requests, by limit and class: most that wait are new."""
+
+    @property
+    def survival(self) -> Survival:
+        """Chances to go on, by class of request."""
+        if not self._survival:
+            self._survival.append(self._survival_of())
+        return self._survival[0]
+
+    def left_tokens(self, made: int, cap: int, kind: int) -> float:
+        """The mean of what a request of a class has left, by the survival function."""
+        known = self._left.get((cap, kind)) if made <= 0 else None
+        if known is None:
+            made_, cap_, kind_ = (_one(value) for value in (made, cap, kind))
+            known = float(self.survival.expected(made_, cap_, kind_)[0])
+            if made <= 0 and len(self._left) < REMEMBERED_MAX:
+                self._left[cap, kind] = known
+        return known
 
     # ------------------------------------------------------------------------------------ samples
 
@@ -147,18 +173,46 @@ def prepare(history: LengthClass | None, constants: Constants) -> LengthModel:
     lengths = np.frombuffer(history.lengths[:whole], dtype="<u4").astype(np.int64)
     censored = np.frombuffer(history.censored, dtype=np.uint8) != 0
     known = len(censored) == len(lengths)
-    return prepare_lengths(lengths, censored if known else None, constants)
+    kinds = _kinds(history, len(lengths))
+    return prepare_lengths(lengths, censored if known else None, constants, kinds)
+
+
+def _kinds(history: LengthClass, count: int) -> Ints | None:
+    """The class of each finished request; None where it is not told."""
+    if len(history.prompts) != count * TOKEN_BYTES or not count:
+        return None
+    prompts = np.frombuffer(history.prompts, dtype="<u4").astype(np.int64)
+    told = len(history.predicted) == len(history.prompts)
+    predicted = np.frombuffer(history.predicted, dtype="<u4").astype(np.int64) if told else None
+    return kinds_of(prompts, predicted)
 
 
 def prepare_lengths(
-    lengths: Ints, censored: NDArray[np.bool_] | None, constants: Constants
+    lengths: Ints,
+    censored: NDArray[np.bool_] | None,
+    constants: Constants,
+    kinds: Ints | None = None,
+    running: Ints | None = None,
+    running_kinds: Ints | None = None,
 ) -> LengthModel:
-    """The model of output lengths, oldest first, of which `censored` ones are lower bounds."""
+    """The model of output lengths, oldest first, of which `censored` ones are lower bounds; `kinds`
+    are the classes of the requests. `running`: what requests have made that are not over, which
+    are lower bounds too; for the survival function only (survival.py)."""
     window = max(1, constants.history_window)
     recent = lengths[-window:]
-    ordered = np.sort(recent)
-    if censored is not None and constants.censored_open and censored[-window:].any():
-        ordered = _redistributed(recent, censored[-window:])
+    cut = censored[-window:] if censored is not None and constants.censored_open else None
+    ordered = _seen(recent, cut)
+
+    def survival() -> Survival:
+        return _survival(
+            recent,
+            cut,
+            kinds[-window:] if kinds is not None else None,
+            running,
+            running_kinds,
+            constants,
+        )
+
     ends = min(window, constants.cold_start_ends or window)
     stand_ins = min(int(window * constants.cold_start_share), ends - len(recent))
     if stand_ins > 0:
@@ -173,7 +227,38 @@ def prepare_lengths(
         _grid=np.concatenate((ordered, (OPEN_END, OPEN_END))).astype(np.float64),
         _sums=[0.0, *np.cumsum(ordered, dtype=np.float64).tolist()],
         _sorted=ordered.tolist(),
+        _survival_of=survival,
     )
+
+
+def _survival(
+    lengths: Ints,
+    censored: NDArray[np.bool_] | None,
+    kinds: Ints | None,
+    running: Ints | None,
+    running_kinds: Ints | None,
+    constants: Constants,
+) -> Survival:
+    requests = len(lengths)
+    if running is not None and len(running):
+        told = censored if censored is not None else np.zeros(requests, dtype=np.bool_)
+        censored = np.concatenate((told, np.ones(len(running), dtype=np.bool_)))
+        lengths = np.concatenate((lengths, running))
+        if kinds is not None and running_kinds is not None:
+            kinds = np.concatenate((kinds, running_kinds))
+    by_kind: dict[int, Ints] = {}
+    for kind in np.unique(kinds).tolist() if kinds is not None else ():
+        mine = kinds == kind
+        by_kind[kind] = _seen(lengths[mine], censored[mine] if censored is not None else None)
+    whole, bounded = _seen(lengths, censored), constants.lengths_within_cap
+    return survival_of(whole, by_kind, requests, OPEN_END, bounded=bounded)
+
+
+def _seen(lengths: Ints, censored: NDArray[np.bool_] | None) -> Ints:
+    """In ascending order, the weight of cut ones on those above them."""
+    if censored is not None and censored.any():
+        return _redistributed(lengths, censored)
+    return np.sort(lengths)
 
 
 def _redistributed(lengths: Ints, censored: NDArray[np.bool_]) -> Ints:

@@ -1,6 +1,6 @@
 """Members: the requests of one worker as an admission gate sees them, and what else it may see."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.policies.lengths import LengthModel
+from services.scheduler.core.policies.survival import kinds_of
 from services.scheduler.core.settings import Constants
 
 Ints = NDArray[np.int64]
@@ -25,6 +26,12 @@ class Member:
     """The most output it may make: max_tokens."""
     true_output: int = 0
     """For the oracle only; nobody else may look."""
+    leased: int = 0
+    """Of `made`, what its lease covers and it has not made yet."""
+    predicted: int = 0
+    """The output that was predicted for it; 0: none was."""
+    returning: bool = False
+    """It lost its place here or elsewhere for want of memory, and comes back."""
 
     @property
     def held(self) -> int:
@@ -35,11 +42,34 @@ class Member:
 class Columns(Sequence[Member]):
     """Members as arrays; a gate takes these as they are and needs no conversion."""
 
-    __slots__ = ("cap", "made", "prompt", "true_output")
+    __slots__ = ("_kind", "cap", "leased", "made", "predicted", "prompt", "true_output")
 
-    def __init__(self, prompt: Ints, made: Ints, cap: Ints, true_output: Ints) -> None:
-        """All of one length, one entry per member."""
+    def __init__(
+        self,
+        prompt: Ints,
+        made: Ints,
+        cap: Ints,
+        true_output: Ints,
+        leased: Ints | None = None,
+        predicted: Ints | None = None,
+        kind: Ints | None = None,
+    ) -> None:
+        """All of one length, one entry per member; None: 0 for all. `kind`: their classes, if they
+        are known already."""
         self.prompt, self.made, self.cap, self.true_output = prompt, made, cap, true_output
+        self.leased, self.predicted, self._kind = leased, predicted, kind
+
+    @property
+    def reached(self) -> Ints:
+        """What each one has made in truth, without what its lease covers beyond."""
+        return self.made if self.leased is None else self.made - self.leased
+
+    @property
+    def kind(self) -> Ints:
+        """The class of each, see `survival`."""
+        if self._kind is None:
+            self._kind = kinds_of(self.prompt, self.predicted)
+        return self._kind
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -50,9 +80,13 @@ class Columns(Sequence[Member]):
     def __getitem__(self, index: slice) -> "Columns": ...
     def __getitem__(self, index: int | slice) -> "Member | Columns":
         columns = (self.prompt, self.made, self.cap, self.true_output)
+        more = (self.leased, self.predicted)
         if isinstance(index, slice):
-            return Columns(*(column[index] for column in columns))
-        return Member(*(int(column[index]) for column in columns))
+            rest = (None if column is None else column[index] for column in more)
+            return Columns(*(column[index] for column in columns), *rest)
+        leased, predicted = (0 if column is None else int(column[index]) for column in more)
+        prompt, made, cap, true_output = (int(column[index]) for column in columns)
+        return Member(prompt, made, cap, true_output, leased, predicted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +101,18 @@ class View:
     lengths: LengthModel
     constants: Constants
     draws: Draws
+    margin_z: float = 2.0
+    """Deviations of future memory that `chance` keeps free."""
 
 
 def columns(members: Sequence[Member]) -> Columns:
     """The members as arrays."""
     if isinstance(members, Columns):
         return members
-    return Columns(
-        _ints(m.prompt_tokens for m in members),
-        _ints(m.made for m in members),
-        _ints(m.cap for m in members),
-        _ints(m.true_output for m in members),
-    )
+    rows = [(m.prompt_tokens, m.made, m.cap, m.true_output, m.leased, m.predicted) for m in members]
+    if not rows:
+        return Columns(*(_NOBODY for _ in range(4)))
+    return Columns(*np.array(rows, dtype=np.int64).T)
 
 
-def _ints(values: Iterable[int]) -> Ints:
-    return np.array(list(values), dtype=np.int64)
+_NOBODY: Ints = np.zeros(0, dtype=np.int64)

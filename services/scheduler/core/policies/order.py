@@ -31,6 +31,9 @@ class Queue(Protocol):
     def ordered(self, now: float) -> list[Request]:
         """All of them as they would be served if nobody came: O(n log n), not for every event."""
 
+    def first(self, count: int, now: float) -> list[Request]:
+        """The first few of them, the head first."""
+
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Service that a request has been given, here or after it left. Only `fair` keeps
         accounts; prefill is to be charged at placement, before the next head is asked for."""

@@ -20,6 +20,7 @@ from services.scheduler.core.policies.lanes import (
 from services.scheduler.core.policies.levels import Levels, level
 from services.scheduler.core.policies.order import Queue
 from services.scheduler.core.policies.ranks import Ranked
+from services.scheduler.core.policies.standing import StandingQueue
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
@@ -113,6 +114,12 @@ def fair(constants: Constants, estimates: Estimates) -> Queue:
     return FairQueue(constants)
 
 
+def volume(constants: Constants, estimates: Estimates) -> Queue:
+    """Deadlines within reach first, then the tenant that has been given least, then arrival plus at
+    most `volume_boost_s` for requests of large expected volume [T]: see `standing`."""
+    return StandingQueue(constants, estimates)
+
+
 def _scanned(values: Callable[[Request], Key], keys: Keys, constants: Constants) -> Queue:
     return Ranked(partial(Scan, values, keys), constants)
 
@@ -127,4 +134,5 @@ QUEUES: dict[str, Callable[[Constants, Estimates], Queue]] = {
     "fair": fair,
     "hrrn": hrrn,
     "larry": larry,
+    "volume": volume,
 }

@@ -11,8 +11,8 @@ from services.scheduler.core.policies.lanes import Key, Lane, Sorted
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
-Rank = tuple[int, bool]
-"""(priority, not a victim): the least is served first."""
+Rank = tuple[int, bool, bool]
+"""(priority, not a victim, late): the least is served first. Only `volume` looks at lateness."""
 
 
 def _latest_victim_first(request: Request) -> Key:
@@ -32,8 +32,8 @@ class Ranked:
         self._home: dict[str, Rank] = {}
 
     def push(self, request: Request, now: float) -> None:
-        victim = self._victims_first and request.evicted_at > 0
-        rank = (request.spec.priority, not victim)
+        rank = self._rank(request, now)
+        victim = not rank[1]
         if self._home.get(request.request_id, rank) != rank:
             self.remove(request)
         if rank not in self._lanes:
@@ -58,8 +58,16 @@ class Ranked:
     def ordered(self, now: float) -> list[Request]:
         return [request for rank in self._ranks for request in self._lanes[rank].ordered(now)]
 
+    def first(self, count: int, now: float) -> list[Request]:
+        """The first few, the head first; O(n log n)."""
+        return self.ordered(now)[:count]
+
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Nobody keeps accounts."""
+
+    def _rank(self, request: Request, now: float) -> Rank:
+        victim = self._victims_first and request.evicted_at > 0
+        return (request.spec.priority, not victim, False)
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._home

@@ -2,13 +2,16 @@
 
 A rule gets the requests on one worker in order of admission, at least one, and answers with the
 one to park. To park several, it is asked again without those it has named. Ties go to the last
-admitted, whose loss is most likely the least. Of all rules only `lowest-priority` looks at
-priorities, because those of the engines that they follow do not either.
+admitted, whose loss is most likely the least. Only `lowest-priority` and `farthest-end` look at
+priorities, because the engines that the others follow do not either.
 """
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from services.scheduler.core.policies.lengths import LengthModel
+from services.scheduler.core.policies.survival import kinds_of
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
@@ -61,6 +64,21 @@ def most_remaining(
     return max(running[::-1], key=remaining)
 
 
+def farthest_end(running: Sequence[Request], lengths: LengthModel, constants: Constants) -> Request:
+    """Of the least urgent priority, whose end is farthest by the survival function of its class:
+    it would hold its memory longest. `victim_kv_exponent` weighs that against the KV that coming
+    back costs [T]."""
+    made = np.array([r.output_tokens for r in running], dtype=np.int64)
+    prompt = np.array([r.prompt_tokens for r in running], dtype=np.int64)
+    cap = np.array([r.spec.max_tokens for r in running], dtype=np.int64)
+    told = np.array([r.spec.predicted_output_tokens or 0 for r in running], dtype=np.int64)
+    left = lengths.survival.expected(made, cap, kinds_of(prompt, told))
+    scores = left / np.maximum(1, prompt + made) ** constants.victim_kv_exponent
+    urgency = np.array([r.spec.priority for r in running])
+    scores[urgency < urgency.max()] = -1.0
+    return running[len(running) - 1 - int(scores[::-1].argmax())]
+
+
 def lowest_priority(
     running: Sequence[Request], lengths: LengthModel, constants: Constants
 ) -> Request:
@@ -74,5 +92,6 @@ VICTIMS: dict[str, Victim] = {
     "least-computed": least_computed,
     "largest-kv": largest_kv,
     "most-remaining": most_remaining,
+    "farthest-end": farthest_end,
     "lowest-priority": lowest_priority,
 }

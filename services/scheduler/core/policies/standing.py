@@ -1,0 +1,176 @@
+"""Standing: the order of `tranche`. Who can still meet a deadline, the tenant that was given least,
+then age less a boost for small requests.
+
+Ranks: lower `priority` first; in it victims of memory, then those whose deadline is still within
+reach (or who have none), then those that are late. A rank serves the tenant with the least virtual
+service next (`fair`), and a tenant's requests by arrival + boost x min(1, V / 3 mean V), where
+V = input x left + left^2 / 2 is the memory that a request is expected to hold, in tokens x steps.
+The boost is bounded, so nobody starves: who came `volume_boost_s` earlier is never overtaken in the
+order. A deadline makes a request due when it has to start at the latest, if that is sooner [T].
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+
+from services.scheduler.core.policies.estimates import Estimates
+from services.scheduler.core.policies.fair import Accounts, Fair, Tenant
+from services.scheduler.core.policies.lanes import GARBAGE_MIN, Key, Lane, waiting_since
+from services.scheduler.core.policies.ranks import Rank, Ranked
+from services.scheduler.core.settings import Constants
+from services.scheduler.core.state import Request
+
+LARGE = 3.0
+"""Mean volumes from which a request gets no boost."""
+TIDIED = 3
+"""Of those that have become late, put off with each newcomer."""
+
+
+class Listed:
+    """Least key first, in a sorted list: the first few are at hand, and 10,000 entries are moved
+    in some microseconds."""
+
+    def __init__(self, key: Callable[[Request], Key]) -> None:
+        self._key = key
+        self._entries: list[tuple[Key, int, str, Request]] = []
+        self._places: dict[str, tuple[Key, int, str, Request]] = {}
+
+    def push(self, request: Request) -> None:
+        self.remove(request)
+        entry = (self._key(request), request.number, request.request_id, request)
+        self._places[request.request_id] = entry
+        insort(self._entries, entry)
+
+    def remove(self, request: Request) -> None:
+        entry = self._places.pop(request.request_id, None)
+        if entry is not None:
+            del self._entries[bisect_left(self._entries, entry[:3])]
+
+    def head(self, now: float) -> Request | None:
+        return self._entries[0][3] if self._entries else None
+
+    def first(self, count: int) -> list[Request]:
+        """The first few."""
+        return [entry[3] for entry in self._entries[:count]]
+
+    def ordered(self, now: float) -> list[Request]:
+        return self.first(len(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class StandingQueue(Ranked):
+    """A queue that keeps accounts of its tenants, and puts off who is late."""
+
+    def __init__(self, constants: Constants, estimates: Estimates) -> None:
+        self._boost_s = constants.volume_boost_s
+        self._estimates = estimates
+        self._accounts = Accounts(constants)
+        self._timed: dict[str, tuple[float, Request]] = {}
+        """Of those with a deadline that are not late: when they will be."""
+        self._clock: list[tuple[float, str]] = []
+        """The same as a heap, with entries that are over."""
+        super().__init__(self._lane, constants)
+
+    def push(self, request: Request, now: float) -> None:
+        waited = request in self
+        latest = self._latest_start(request)
+        self._timed.pop(request.request_id, None)
+        if latest is not None and latest >= now:
+            self._timed[request.request_id] = (latest, request)
+            heappush(self._clock, (latest, request.request_id))
+        super().push(request, now)
+        if not waited:
+            self._accounts.enter(request.spec.tenant)
+        self._tidy(now)
+
+    def remove(self, request: Request) -> None:
+        waited = request in self
+        super().remove(request)
+        self._timed.pop(request.request_id, None)
+        if waited:
+            self._accounts.leave(request.spec.tenant)
+
+    def head(self, now: float) -> Request | None:
+        while (request := super().head(now)) is not None:
+            if not self._put_off(request, now):
+                return request
+        return None
+
+    def ordered(self, now: float) -> list[Request]:
+        for _, request in list(self._timed.values()):
+            self._put_off(request, now)
+        return super().ordered(now)
+
+    def first(self, count: int, now: float) -> list[Request]:
+        """The first few, the head first; of those behind it some may be late."""
+        found: list[Request] = []
+        if self.head(now) is not None:
+            for rank in self._ranks:
+                lane = self._lanes[rank]
+                if isinstance(lane, Fair):
+                    found += lane.first(count, now)
+                else:
+                    found += lane.ordered(now)
+                if len(found) >= count:
+                    break
+        return found[:count]
+
+    def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
+        self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
+
+    def _tidy(self, now: float) -> None:
+        """Put off a few that are late, so that a head need not do it for all at once."""
+        for _ in range(TIDIED):
+            if not self._clock or self._clock[0][0] >= now:
+                break
+            timed = self._timed.get(heappop(self._clock)[1])
+            if timed is not None:
+                self._put_off(timed[1], now)
+        if len(self._clock) > 2 * len(self._timed) + GARBAGE_MIN:
+            self._clock = [(latest, name) for name, (latest, _) in self._timed.items()]
+            heapify(self._clock)
+
+    def _put_off(self, request: Request, now: float) -> bool:
+        """Whether it is late now, and was not before: it is ranked anew."""
+        latest = self._timed.get(request.request_id)
+        if latest is None or latest[0] >= now:
+            return False
+        del self._timed[request.request_id]
+        Ranked.push(self, request, now)
+        return True
+
+    def _rank(self, request: Request, now: float) -> Rank:
+        priority, other = super()._rank(request, now)[:2]
+        if not other:
+            return (priority, other, False)
+        latest = self._latest_start(request)
+        return (priority, other, latest is not None and latest < now)
+
+    def _lane(self) -> Lane:
+        return Fair(self._accounts, self._tenant)
+
+    def _tenant(self) -> Tenant:
+        return Listed(lambda request: (self._due(request),))
+
+    def _due(self, request: Request) -> float:
+        latest = self._latest_start(request)
+        aged = waiting_since(request) + self._boost(request)
+        return aged if latest is None else min(aged, latest)
+
+    def _boost(self, request: Request) -> float:
+        left, input_tokens = self._estimates.left_tokens(request), request.input_tokens
+        volume = input_tokens * left + left * left / 2
+        return self._boost_s * min(1.0, volume / max(1.0, LARGE * self._estimates.mean_volume()))
+
+    def _latest_start(self, request: Request) -> float | None:
+        """When it has to be placed to keep its deadlines, by prediction; None: it has none."""
+        spec, estimates = request.spec, self._estimates
+        latest = []
+        if spec.ttft_deadline_ms is not None and not request.output_tokens:
+            latest.append(spec.ttft_deadline_ms / 1000 - estimates.prefill_s(request))
+        if spec.deadline_ms is not None:
+            decode_s = estimates.left_tokens(request) * estimates.token_s()
+            latest.append(spec.deadline_ms / 1000 - estimates.prefill_s(request) - decode_s)
+        return request.arrived_at + min(latest) if latest else None

@@ -1,0 +1,160 @@
+"""Survival: the chance that an output goes on, by class of request, from recent outputs.
+
+Theory of operation. G(l) counts the outputs of the history that were longer than l. Whoever has
+made g tokens makes t more with chance S(g, t) = (G(g + t) + tail) / (G(g) + 1): a running request
+is an observation that is not over, and what is longer than anything seen falls off as a power of
+the length. Classes have histories of their own, which shrink towards the whole one by so many
+outputs of it; a class is a range of prompt lengths or, where a prediction came with the request, of
+predicted outputs. While the history is short, outputs as long as each request's own limit stand
+in for it, and go as real ones come. Lengths are counted up to a fixed resolution, so
+that all is looked up in one table (rules: research notes on `tranche`, section 1).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+GRID = 40
+"""Instants ahead at which memory is looked at, closer together near now."""
+TAIL_TOKENS = 64
+"""Beyond the longest known output the chance to go on is ((g + 64) / (g + 64 + t))^2."""
+SHRINKAGE = 20.0
+"""Outputs of the whole history that count in each class."""
+STAND_INS = 20.0
+"""Outputs as long as the request's limit that an empty history begins with."""
+STAND_INS_END = 60
+"""Real outputs until which they fade away."""
+PROMPT_KINDS = 13
+PREDICTED_KINDS = 42
+"""Three to a doubling: the last is for 131,072 tokens and more."""
+KINDS = 1 + PROMPT_KINDS + PREDICTED_KINDS
+OPEN_SHARE = 0.01
+"""With more outputs than this that are not known to end, limits are looked to instead of the
+longest known one."""
+RESOLUTION = 8192
+"""Most lengths told apart."""
+LENGTH_MAX = 1 << 20
+"""Longer outputs count as if they had not ended: one absurd report must not blur all others."""
+
+
+@lru_cache(maxsize=16_384)
+def kind_of(prompt_tokens: int, predicted_tokens: int | None = None) -> int:
+    """The class of a request."""
+    predicted = _ints((predicted_tokens or 0,))
+    return int(kinds_of(_ints((prompt_tokens,)), predicted)[0])
+
+
+def kinds_of(prompts: Ints, predicted: Ints | None = None) -> Ints:
+    """The classes of requests: by predicted output where that is above 0, else by prompt."""
+    doublings = np.log2(np.maximum(prompts, 0) / 16 + 1)
+    kinds = 1 + np.minimum(PROMPT_KINDS - 1, doublings.astype(np.int64))
+    if predicted is not None and predicted.any():
+        thirds = 3 * np.log2(np.maximum(predicted, 0) / 8 + 1)
+        told = np.minimum(PREDICTED_KINDS - 1, thirds.astype(np.int64))
+        kinds = np.where(predicted > 0, 1 + PROMPT_KINDS + told, kinds)
+    return kinds
+
+
+def grid_to(end: int) -> Ints:
+    """Instants from now to `end` tokens ahead, in tokens of every running request."""
+    steps = np.arange(GRID + 1) / GRID
+    return np.ceil(end * steps * steps).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survival:
+    """A prepared history."""
+
+    longest: int
+    """The largest output whose length is known."""
+    bounded: bool
+    """No output goes beyond its request's limit."""
+    _unit: int
+    """Tokens in one step of the tables."""
+    _whole: Floats
+    """G at each step."""
+    _classes: Floats
+    """The same of each class, one after the other."""
+    _width: int
+    _stand_ins: float
+    _open: bool
+    """Not few outputs are not known to end."""
+
+    def horizon(self, cap: int) -> Ints:
+        """The grid of instants to look at for requests of at most this limit."""
+        end, most = self.longest + TAIL_TOKENS, max(1, min(LENGTH_MAX, cap))
+        if self._open:
+            end = max(end, most)
+        return grid_to(min(end, most) if self.bounded else end)
+
+    def chances(self, made: Ints, cap: Ints, kinds: Ints, ahead: Ints) -> Floats:
+        """S(made, ahead) of each request (rows) at each instant (columns)."""
+        made = np.maximum(made, 0)
+        reach = made[:, None] + ahead
+        at = np.minimum(reach // self._unit, self._width - 1)
+        now = np.minimum(made // self._unit, self._width - 1)
+        rows = kinds * self._width
+        going = (made + TAIL_TOKENS)[:, None]
+        tail = going / (going + ahead)
+        longer, base = self._whole[at] + tail * tail, self._whole[now] + 1.0
+        if self._stand_ins:
+            longer += self._stand_ins * (reach < cap[:, None])
+            base += self._stand_ins * (made < cap)
+        chance: Floats = longer * (SHRINKAGE / base)[:, None]
+        chance += self._classes[at + rows[:, None]]
+        chance /= (self._classes[now + rows] + SHRINKAGE)[:, None]
+        if self.bounded:
+            chance[reach >= cap[:, None]] = 0.0
+        return chance
+
+    def expected(self, made: Ints, cap: Ints, kinds: Ints) -> Floats:
+        """Mean tokens that each one has left, the integral of its chances."""
+        ahead = self.horizon(int(cap.max(initial=1)))
+        chance = self.chances(made, cap, kinds, ahead)
+        # Not a matrix product, whose rounding depends on the row's place.
+        left: Floats = ((chance[:, 1:] + chance[:, :-1]) * (np.diff(ahead) / 2)).sum(axis=1)
+        return left
+
+
+def survival_of(
+    whole: Ints, classes: Mapping[int, Ints], requests: int, open_end: int, *, bounded: bool
+) -> Survival:
+    """From output lengths, all and by class; those of `open_end` are not known to end. `requests`:
+    how many they rest on."""
+    open_end = min(open_end, LENGTH_MAX)
+    longest = int(whole[whole < open_end].max(initial=0))
+    unit = max(1, -(-(longest + 1) // RESOLUTION))
+    width = longest // unit + 2
+    table = np.zeros((KINDS, width))
+    for kind, lengths in classes.items():
+        table[kind] = _longer(lengths, unit, width, open_end)
+    stand_ins = STAND_INS * max(0.0, 1 - requests / STAND_INS_END)
+    open_count = int(np.count_nonzero(whole >= open_end))
+    return Survival(
+        longest=longest,
+        bounded=bounded,
+        _unit=unit,
+        _whole=_longer(whole, unit, width, open_end),
+        _classes=table.ravel(),
+        _width=width,
+        _stand_ins=stand_ins,
+        _open=stand_ins > 0 or open_count > OPEN_SHARE * len(whole),
+    )
+
+
+def _longer(lengths: Ints, unit: int, width: int, open_end: int) -> Floats:
+    """How many are longer than each step; those that are not known to end are always longer."""
+    known = lengths[lengths < open_end]
+    counts = np.bincount(np.minimum(known // unit, width - 1), minlength=width)
+    longer: Floats = (len(lengths) - np.cumsum(counts)).astype(np.float64)
+    return longer
+
+
+def _ints(values: tuple[int, ...]) -> Ints:
+    return np.array(values, dtype=np.int64)

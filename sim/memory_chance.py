@@ -1,0 +1,331 @@
+"""The memory-only simulator with the rules of `tranche`: chance, backfill, victims and credits.
+
+Like `memory_only`, whose state and steps these are, with the scheduler core's own gate, survival
+function and margin. What differs: behind a refused head others are tried (`backfill_max`), and
+where memory does not last the victim is a rule's. With credits nobody runs without a lease that has
+memory set aside; who has used up a lease gets the next one, shorter where memory is short, and
+where none is left a victim is paused. What is set aside never exceeds what there is, so that no
+allocation can fail: that is asserted at every step.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.scheduler.core.policies.chance import ChanceGate, Margin
+from services.scheduler.core.policies.lengths import LengthModel, prepare_lengths
+from services.scheduler.core.policies.members import Columns, Member, View
+from services.scheduler.core.policies.survival import kind_of
+from services.scheduler.core.settings import Constants
+from sim.memory_only import (
+    CAP_TOKENS,
+    CAPACITY_TOKENS,
+    PREFILL_TOKENS_MAX,
+    QUIRKS,
+    Lengths,
+    Progress,
+    Run,
+    Tally,
+    Waiting,
+)
+
+CHANCE = replace(QUIRKS, backfill_max=15, chance_target=0.03)
+VICTIMS = ("farthest-end", "last-admitted")
+STALL_STEPS = 30
+"""A request that stands still for longer than this counts as stalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is switched on."""
+
+    victim: str = "farthest-end"
+    lease_tokens: int = 0
+    """0: no credits; what overflows is evicted."""
+    steered: bool = True
+    """The margin follows the evictions; else it stays at `z`."""
+    z: float | None = None
+    """The margin to begin with; None: the core's."""
+    classes: bool = True
+    """Histories by prompt length, or by prediction; else one for all."""
+    censored: bool = True
+    """Those who run count as outputs that are not over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChanceTally:
+    """What a run was, with what the plain tally does not tell."""
+
+    plain: Tally
+    recomputed_per_request: float
+    """Tokens that evicted requests held, per finished request."""
+    stalled_percent: float
+    """Requests that stood still for more than STALL_STEPS at once, of 100."""
+    stall_p99_steps: float
+    """Of each request's longest standstill after its first token."""
+    margin_z: float
+    """At the end."""
+    unfair: int
+    """The most often that anybody was overtaken."""
+
+
+def simulate_chance(
+    source: Sequence[Lengths],
+    rules: Rules,
+    constants: Constants = CHANCE,
+    *,
+    predicted: Sequence[int] | None = None,
+    capacity_tokens: int = CAPACITY_TOKENS,
+    progress: Progress = lambda done, total: None,
+) -> ChanceTally:
+    """Run over the requests of `source`, in their order; `predicted`: output that was predicted for
+    each. Nothing is drawn."""
+    run = ChanceRun(source, rules, constants, capacity_tokens, predicted)
+    while not run.exhausted:
+        run.ten_steps()
+        run.round()
+        progress(run.taken, len(source))
+    return run.outcome()
+
+
+@dataclass(slots=True)
+class _Entry(Waiting):
+    """One that waits."""
+
+    number: int = 0
+    predicted: int = 0
+    returning: bool = False
+    overtaken: int = 0
+    kind: int = 0
+
+
+class ChanceRun(Run):
+    """The state between rounds; arrays as in `Run`, and more of them."""
+
+    def __init__(
+        self,
+        source: Sequence[Lengths],
+        rules: Rules,
+        constants: Constants,
+        capacity: int,
+        predicted: Sequence[int] | None,
+    ) -> None:
+        super().__init__(source, "chance", constants, 0, capacity)
+        self._rules = rules
+        self._predicted_of = predicted
+        self._entries: list[_Entry] = []
+        self._line: deque[_Entry] = deque()
+        self._kind = self._until = self._prompt
+        self._seen_kinds: deque[int] = deque(maxlen=constants.history_window)
+        self.margin = Margin()
+        if rules.z is not None:
+            self.margin.z = rules.z
+        self._recomputed = self._overtaken_most = self._free = self._rounds_seen = 0
+        self._evicted_at: dict[int, int] = {}
+        self._stalls: dict[int, int] = {}
+
+    def outcome(self) -> ChanceTally:
+        """Once it is over."""
+        plain = self.tally()
+        finished = max(1, plain.finished)
+        stalls = np.zeros(finished)
+        told = sorted(self._stalls.values(), reverse=True)[:finished]
+        stalls[: len(told)] = told
+        return ChanceTally(
+            plain=plain,
+            recomputed_per_request=self._recomputed / finished,
+            stalled_percent=100 * float((stalls > STALL_STEPS).mean()),
+            stall_p99_steps=float(np.percentile(stalls, 99)),
+            margin_z=self.margin.z,
+            unfair=self._overtaken_most,
+        )
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def _quiet_steps(self) -> int:
+        quiet = super()._quiet_steps()
+        if self._rules.lease_tokens and len(self._made):
+            quiet = min(quiet, int((self._until - self._made).min()))
+        return quiet
+
+    def _step(self) -> None:
+        if self._rules.lease_tokens:
+            self._renew()
+        before = self._finished
+        super()._step()
+        if self._rules.steered:
+            for _ in range(self._finished - before):
+                self.margin.saw_finish(self._constants, self._constants.chance_target)
+
+    def _ended(self, ended: NDArray[np.bool_]) -> None:
+        super()._ended(ended)
+        self._seen_kinds.extend(self._kind[ended].tolist())
+
+    def _check_memory(self) -> None:
+        """Without credits memory may turn out too small; with them it cannot."""
+        if self._rules.lease_tokens:
+            assert self._committed() <= self._capacity, "an allocation would have failed"
+            return
+        while self._held > self._capacity:
+            self._evict()
+
+    def _committed(self) -> int:
+        return int(self._prompt.sum() + self._until.sum())
+
+    def _renew(self) -> None:
+        """The next leases of those who have used theirs up; the nearest to its end first."""
+        size = len(self._made)
+        wanting = np.flatnonzero(self._made >= self._until)
+        if not size or not wanting.size:
+            return
+        lease, committed = self._rules.lease_tokens, self._committed()
+        if committed + lease * size <= self._capacity:  # also by shares there is enough
+            self._until[wanting] += lease
+            return
+        while True:
+            wanting = np.flatnonzero(self._made >= self._until)
+            free = self._capacity - self._committed()
+            if free >= wanting.size:
+                break
+            self._evict()
+        for place in wanting.tolist():
+            share = max(1, free // max(1, len(self._made)))
+            tokens = min(lease, share, free - (wanting.size - 1) if free < lease else free)
+            tokens = max(1, tokens)
+            self._until[place] += tokens
+            free -= tokens
+
+    def _evict(self) -> None:
+        place = len(self._made) - 1
+        if self._rules.victim == "farthest-end":
+            caps = np.full(len(self._made), CAP_TOKENS)
+            left = self._model().survival.expected(self._made, caps, self._kind)
+            held = np.maximum(1, self._prompt + self._made)
+            scores = left / held**self._constants.victim_kv_exponent
+            place -= int(scores[::-1].argmax())
+        entry = self._entries[place]
+        entry.made = int(self._made[place])
+        entry.returning, entry.overtaken = True, 0
+        self._line.appendleft(entry)
+        self._recomputed += entry.prompt + entry.made
+        self._evicted_at[entry.number] = self._steps
+        keep = np.ones(len(self._made), dtype=bool)
+        keep[place] = False
+        self._keep(keep)
+        self._evictions += 1
+        if self._rules.steered:
+            self.margin.saw_eviction(self._constants, self._constants.chance_target)
+
+    def _keep(self, which: "slice | NDArray[np.bool_]") -> None:
+        assert not isinstance(which, slice)
+        self._kind, self._until = self._kind[which], self._until[which]
+        self._entries = [entry for entry, kept in zip(self._entries, which, strict=True) if kept]
+        super()._keep(which)
+
+    # --------------------------------------------------------------------------------------- round
+
+    def round(self) -> None:
+        """The head, and where it is refused those behind it."""
+        self._rounds_seen += 1
+        if self._rules.censored and self._rounds_seen % 20 == 0:
+            self._lengths = None
+        gate = ChanceGate(self._chance_view())
+        joined: list[_Entry] = []
+        prefill, passed = 0, 0
+        self._free = self._capacity - self._committed()
+        while prefill < PREFILL_TOKENS_MAX:
+            window = self._window()
+            if len(window) <= passed:
+                break
+            place = self._first_admitted(gate, window, passed)
+            if place is None:
+                break
+            entry = window[place]
+            gate.add(self._member(entry))
+            joined.append(entry)
+            self._free -= entry.prompt + entry.made + self._rules.lease_tokens
+            del self._line[place]
+            prefill += entry.prompt
+            passed = place
+            for other in window[:place]:
+                other.overtaken += 1
+                self._overtaken_most = max(self._overtaken_most, other.overtaken)
+        self.exhausted = prefill < PREFILL_TOKENS_MAX and not self._line
+        if joined:
+            self._join_all(joined)
+        if not self.exhausted:
+            self._sample_round()
+
+    def _window(self) -> list[_Entry]:
+        """Who may be tried: the head and so many behind it, none behind one that has been
+        overtaken too often."""
+        found: list[_Entry] = []
+        while len(found) <= self._constants.backfill_max:
+            entry = self._next(len(found))
+            if entry is None:
+                break
+            found.append(entry)
+            if entry.overtaken >= self._constants.overtaken_max:
+                break
+        return found
+
+    def _first_admitted(self, gate: ChanceGate, window: Sequence[_Entry], since: int) -> int | None:
+        """The first from place `since` on, those before it having been refused by this gate."""
+        tried = window[since:]
+        rows = np.array([(e.prompt, e.made, CAP_TOKENS, e.output, e.kind) for e in tried])
+        prompt, made, cap, output, kind = rows.T
+        candidates = Columns(prompt, made, cap, output, kind=kind)
+        needs = gate.needs(candidates, np.array([e.returning for e in tried]))
+        needs[rows[:, 0] + rows[:, 1] + self._rules.lease_tokens > self._free] = np.inf
+        fitting = np.flatnonzero(needs < self._capacity)
+        if fitting.size:
+            return since + int(fitting[0])
+        alone = not len(self._made) and gate.admits(self._member(window[0]))
+        return since if alone and not since else None
+
+    def _next(self, place: int) -> _Entry | None:
+        """Who is at this place of the line; from the source if nobody is."""
+        if place >= len(self._line) and self.taken < len(self._source):
+            told = self._predicted_of[self.taken] if self._predicted_of is not None else 0
+            prompt, output = self._source[self.taken]
+            kind = kind_of(prompt, told)
+            entry = _Entry(prompt, output, 0, self.taken, told, kind=kind)
+            self._line.append(entry)
+            self.taken += 1
+        return self._line[place] if place < len(self._line) else None
+
+    def _member(self, entry: _Entry) -> Member:
+        return Member(
+            entry.prompt,
+            entry.made,
+            CAP_TOKENS,
+            predicted=entry.predicted,
+            returning=entry.returning,
+        )
+
+    def _join_all(self, joined: Sequence[_Entry]) -> None:
+        self._entries = [*self._entries, *joined]
+        made = np.array([entry.made for entry in joined], dtype=np.int64)
+        self._kind = np.append(self._kind, [entry.kind for entry in joined])
+        self._until = np.append(self._until, made + self._rules.lease_tokens)
+        for entry in joined:
+            if entry.returning and entry.made:
+                stood = self._steps - self._evicted_at[entry.number]
+                self._stalls[entry.number] = max(stood, self._stalls.get(entry.number, 0))
+        self._join(joined)
+
+    def _model(self) -> LengthModel:
+        if self._lengths is None:
+            seen = np.array(self._history, dtype=np.int64)
+            kinds = np.array(self._seen_kinds, dtype=np.int64) if self._rules.classes else None
+            going = self._made if self._rules.censored else None
+            self._lengths = prepare_lengths(seen, None, self._constants, kinds, going, self._kind)
+        return self._lengths
+
+    def _chance_view(self) -> View:
+        members = Columns(self._prompt, self._made, self._caps, self._output, kind=self._kind)
+        model, z = self._model(), self.margin.z
+        return View(self._capacity, 1, members, model, self._constants, self._draws, z)
