@@ -31,7 +31,7 @@ def _may_cache() -> bool:
     return "NUMBA_CACHE_DIR" in os.environ or any(os.access(place, os.W_OK) for place in places)
 
 
-_OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "fastmath": True,
     "nogil": True,
     "error_model": "numpy",
@@ -51,7 +51,7 @@ LOWEST = F32(-87.0)
 """exp of less is 0 in float32."""
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _exp(x):  # type: ignore[no-untyped-def]
     x = max(x, LOWEST)
     n = np.floor(x * LOG2_E + F32(0.5))
@@ -66,7 +66,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-def _load(x):  # type: ignore[no-untyped-def]
+def load(x):  # type: ignore[no-untyped-def]
     """A stored number as float32: bfloat16's bits are the upper half of float32's."""
 
 
@@ -74,8 +74,8 @@ def _store(x, like):  # type: ignore[no-untyped-def]
     """float32 as it is stored; of bfloat16 the nearest one's bits, ties to even."""
 
 
-@overload(_load)
-def _load_typed(x):  # type: ignore[no-untyped-def]
+@overload(load)
+def load_typed(x):  # type: ignore[no-untyped-def]
     if x == types.int16:
         return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
     return lambda x: x
@@ -109,13 +109,13 @@ def _fetch(_context, address):  # type: ignore[no-untyped-def]
     return types.void(types.int64), generate
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _fetch_slot(address, slot_bytes):  # type: ignore[no-untyped-def]
     for line in range(0, slot_bytes, CACHE_LINE):
         _fetch(address + line)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _find_slots(table, context, window, block_tokens, slots):  # type: ignore[no-untyped-def]
     """Where the tokens lie that a row sees; returns how many they are."""
     first = max(0, context - window) if window > 0 else 0
@@ -126,7 +126,7 @@ def _find_slots(table, context, window, block_tokens, slots):  # type: ignore[no
     return span
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _weigh(scores, span, cap):  # type: ignore[no-untyped-def]
     """The first `span` scores become weights: their softmax, with a softcap before if cap > 0."""
     if cap > 0:
@@ -156,7 +156,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
     scores, 0: none; out: [rows, heads, value_size]. Rows begin..end are done.
     """
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def attend(  # type: ignore[no-untyped-def]
         q, keys, values, block_tokens, tables, seats, contexts, window, scale, cap, out, begin, end
     ):
@@ -184,7 +184,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                         at, next_at = own * key_size, (own + 1) * key_size
                         s, t = F32(0), F32(0)
                         for d in range(key_size):
-                            k = _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
+                            k = load(keys[slot, head, d])  # type: ignore[no-untyped-call]
                             s += q[row, at + d] * k
                             t += q[row, next_at + d] * k
                         scores[own, j], scores[own + 1, j] = s * scale, t * scale
@@ -193,7 +193,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                         at = own * key_size
                         s = F32(0)
                         for d in range(key_size):
-                            k = _load(keys[slot, head, d])  # type: ignore[no-untyped-call]
+                            k = load(keys[slot, head, d])  # type: ignore[no-untyped-call]
                             s += q[row, at + d] * k
                         scores[own, j] = s * scale
             for head in range(heads):
@@ -209,14 +209,14 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
                         own = head * group + g
                         p, r = scores[own, j], scores[own + 1, j]
                         for d in range(value_size):
-                            v = _load(values[slot, head, d])  # type: ignore[no-untyped-call]
+                            v = load(values[slot, head, d])  # type: ignore[no-untyped-call]
                             sums[own, d] += p * v
                             sums[own + 1, d] += r * v
                     if group % 2:
                         own = head * group + group - 1
                         p = scores[own, j]
                         for d in range(value_size):
-                            v = _load(values[slot, head, d])  # type: ignore[no-untyped-call]
+                            v = load(values[slot, head, d])  # type: ignore[no-untyped-call]
                             sums[own, d] += p * v
             for head in range(heads):
                 for d in range(value_size):
@@ -225,7 +225,7 @@ def attention(group: int, key_size: int, value_size: int) -> Callable[..., None]
     return attend  # type: ignore[no-any-return]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def write_kv(k, v, slots, keys, values):  # type: ignore[no-untyped-def]
     """k, v [rows, kv_heads, size] float32 to the slots [rows] of keys and values [slots, kv_heads,
     size]."""
@@ -238,7 +238,7 @@ def write_kv(k, v, slots, keys, values):  # type: ignore[no-untyped-def]
                 values[slot, head, d] = _store(v[row, head, d], values[0, 0, 0])  # type: ignore[no-untyped-call]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _normalize_at(x, row, at, size, weight, eps):  # type: ignore[no-untyped-def]
     total = F32(0)
     for d in range(size):
@@ -248,7 +248,7 @@ def _normalize_at(x, row, at, size, weight, eps):  # type: ignore[no-untyped-def
         x[row, at + d] = x[row, at + d] * by * weight[d]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _rotate_at(x, row, at, c, s):  # type: ignore[no-untyped-def]
     half = c.shape[0] // 2
     for d in range(half):
@@ -257,7 +257,7 @@ def _rotate_at(x, row, at, c, s):  # type: ignore[no-untyped-def]
         x[row, at + half + d] = b * c[half + d] + a * s[half + d]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def prepare(  # type: ignore[no-untyped-def]
     qkv, heads, q_norm, k_norm, eps, positions, cos, sin, slots, keys, values
 ):
@@ -287,7 +287,7 @@ def prepare(  # type: ignore[no-untyped-def]
                 values[slot, head, d] = _store(qkv[row, at + d], values[0, 0, 0])  # type: ignore[no-untyped-call]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def add_and_normalize(x, y, weight, eps, out):  # type: ignore[no-untyped-def]
     """x += y; out = RMS norm of x times weight. All [rows, size] but weight [size]."""
     size = x.shape[1]
@@ -302,7 +302,7 @@ def add_and_normalize(x, y, weight, eps, out):  # type: ignore[no-untyped-def]
             out[row, d] = x[row, d] * by * weight[d]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """out = RMS norm of x times weight; x, out: [rows, size]."""
     size = x.shape[1]
@@ -315,31 +315,7 @@ def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[row, d] = x[row, d] * by * weight[d]
 
 
-@njit(**_OPTIONS)
-def multiply(x, weight, bias, out):  # type: ignore[no-untyped-def]
-    """out = x weight^T + bias for few rows: two at a time, so that weights are read at the memory's
-    rate. x: [rows, inputs], weight: [outputs, inputs], bias: [outputs] or [0], out: [rows,
-    outputs]."""
-    rows, inputs = x.shape
-    for o in range(weight.shape[0]):
-        b = bias[o] if bias.shape[0] else F32(0)
-        row = 0
-        while row + 2 <= rows:
-            s, t = F32(0), F32(0)
-            for i in range(inputs):
-                w = _load(weight[o, i])  # type: ignore[no-untyped-call]
-                s += w * x[row, i]
-                t += w * x[row + 1, i]
-            out[row, o], out[row + 1, o] = s + b, t + b
-            row += 2
-        if row < rows:
-            s = F32(0)
-            for i in range(inputs):
-                s += _load(weight[o, i]) * x[row, i]  # type: ignore[no-untyped-call]
-            out[row, o] = s + b
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def gate(x, out):  # type: ignore[no-untyped-def]
     """out = silu(first half of x) * second half; x: [rows, 2 size], out: [rows, size]."""
     size = out.shape[1]

@@ -2,10 +2,10 @@
 
 PyTorch's own `linear` hands row-major weights to MKL, which is far from the machine's rate where
 rows are few: 17 ms against 9 for all layers of a 29-million model at 8 rows, 30 against 18 at 32
-(one AVX-512 core; `python -m bench.steps`). For up to four rows a plain kernel that reads weights
-in a row is faster still: 4.4 ms against 8 for one. It wants them as they were, so that both copies
-are kept where memory is ample. Optional: int8, weights with one scale an output and activations
-with one a call: a third to a quarter of the time.
+(one AVX-512 core; `python -m bench.steps`). For few rows tiles of our own are faster still
+(`tiles.py`). They want weights as they were, so that both copies are kept where memory is ample.
+Optional: int8, weights with one scale an output and activations with one a call: a third to a
+quarter of the time.
 """
 
 import warnings
@@ -20,8 +20,6 @@ from services.worker.memory import device_memory
 
 ROWS_HINT = 32
 """The layout hardly depends on it; all row counts run on one copy."""
-FEW_ROWS = 4
-"""Up to so many the plain kernel is faster."""
 PLAIN_SHARE_MAX = 0.2
 """Of the free memory, for a second copy of the weights."""
 
@@ -38,10 +36,12 @@ class PackedLinear(nn.Module):
         self._bias = None if bias is None else bias.detach().clone()
         self._dtype = weight.dtype
         self._multiply: Callable[..., None] | None = None
+        self._few_rows = 0
         if plain:
-            from services.worker.paged.kernels import multiply
+            from services.worker.paged.tiles import FEW_ROWS, LANES, multiply
 
-            self._multiply = multiply
+            if self.in_features % LANES == 0:
+                self._multiply, self._few_rows = multiply, FEW_ROWS
             self._plain = _array(weight)
             self._plain_bias: Any = (
                 np.empty(0, np.float32) if bias is None else bias.detach().float().numpy().copy()
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
 
     def _few(self, x: Tensor) -> bool:
         rows = x.numel() // self.in_features
-        return self._multiply is not None and 0 < rows <= FEW_ROWS and not _several_threads()
+        return 0 < rows <= self._few_rows and not _several_threads()
 
 
 class Int8Linear(nn.Module):
@@ -118,7 +118,7 @@ def plain_fits(network: nn.Module) -> bool:
 
 
 def _several_threads() -> bool:
-    """The plain kernel has one; oneDNN takes all."""
+    """The tiles have one; oneDNN takes all."""
     return torch.get_num_threads() > 1
 
 
