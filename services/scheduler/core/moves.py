@@ -72,24 +72,12 @@ def admit(books: Books, request: Request, now: float) -> None:
     """It is new: into the pool, or, while a new leader collects, to those in question."""
     collecting = books.collecting_until is not None
     request.arrived_at = now
+    _weigh(books, request)
     _move(books, request, Cause.COLLECT if collecting else Cause.ADMIT, now)
     if not collecting:
         books.want_round(now + books.constants.gather_s)
 
 
-def place(books: Books, request: Request, worker: str, batch_id: str, now: float) -> None:
-    """A new attempt, on this worker."""
-    attempt = max(request.attempt, request.closed, books.attempt_base) + 1
-    hold(books, request, Cause.PLACE, worker, batch_id, attempt, now)
-
-
-def hold(
-    _weigh(books, request)
-    books: Books,
-    request: Request,
-    cause: Cause,
-    worker: str,
-    batch_id: str,
 def _weigh(books: Books, request: Request) -> None:
     """Its expected volume goes into the mean, for orders that ask how large a request is."""
     if books.leased and books.preset.order == "volume":
@@ -107,6 +95,18 @@ def evicted(books: Books, request: Request, now: float) -> None:
     margin.saw_eviction(constants, margin.target(constants, books.board.taking), return_s)
 
 
+def place(books: Books, request: Request, worker: str, batch_id: str, now: float) -> None:
+    """A new attempt, on this worker."""
+    attempt = max(request.attempt, request.closed, books.attempt_base) + 1
+    hold(books, request, Cause.PLACE, worker, batch_id, attempt, now)
+
+
+def hold(
+    books: Books,
+    request: Request,
+    cause: Cause,
+    worker: str,
+    batch_id: str,
     attempt: int,
     now: float,
 ) -> None:
@@ -168,6 +168,8 @@ def finish(
     if reason in ("stop", "length"):
         books.outputs.saw(request.prompt_tokens, output_tokens)
         books.promises.ended(request, now)
+        margin, constants = books.margin, books.constants
+        margin.saw_finish(constants, margin.target(constants, books.board.taking), now)
     books.send(
         Finished(
             epoch=books.epoch,
@@ -180,8 +182,6 @@ def finish(
             max_tokens=spec.max_tokens,
             predicted_output_tokens=spec.predicted_output_tokens,
             reason=reason,
-        margin, constants = books.margin, books.constants
-        margin.saw_finish(constants, margin.target(constants, books.board.taking), now)
         )
     )
 

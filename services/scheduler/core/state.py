@@ -122,12 +122,12 @@ class Request:
     evicted_at: float = 0.0
     """When it last lost its place for want of memory; 0: never. It comes back first."""
     evictions: int = 0
+    overtaken: int = 0
+    """How often one behind it was placed in its stead since it waits."""
     placements: list[Placement] = field(default_factory=list)
     refusals: int = 0
     asks: int = 0
     asked_position: int = -1
-    overtaken: int = 0
-    """How often one behind it was placed in its stead since it waits."""
     recalls: int = 0
     recall_attempt: int = 0
     published: bool = False
