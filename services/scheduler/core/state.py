@@ -105,6 +105,10 @@ class Request:
     predicted_start_s: float = 0.0
     """What was told of its first token, from `arrived_at` on; 0: nothing."""
     predicted_finish_s: float = 0.0
+    paused: bool = False
+    """Its client reads slowly: it gets no lease, and stands in no line."""
+    reading_turn: int = 0
+    """Of the latest word about that."""
     bound: str = ""
     """With early binding: the worker in whose line it waits."""
     until: int = 0
