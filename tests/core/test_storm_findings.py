@@ -1,7 +1,18 @@
-"""What storms (`python -m sim.storm`) have found in the scheduler's core, each by itself."""
+"""What storms (`python -m sim.storm`) have found in the cores, each by itself."""
 
+from services.gateway.core.ledger import Ledger, Promised
 from shared import tokens
-from shared.messages import Cancel, Drop, Renewal, Resident, Resume, RunSlice
+from shared.messages import (
+    Accepted,
+    Cancel,
+    Drop,
+    Recall,
+    Renewal,
+    Resident,
+    Resume,
+    RunSlice,
+    SchedulerBeat,
+)
 from tests.core.seam import spec_of, submit
 from tests.core.test_lease_faults import bench_of, join, listing, made, placed, told
 
@@ -37,6 +48,18 @@ def test_a_drop_that_was_lost_is_said_again_for_a_request_that_was_cancelled() -
     assert drop in bench.say(Cancel(gateway="g1", request_id="r1"))
     still = Resident(request_id="r1", attempt=attempt, position=3, until=16)
     assert bench.say(listing(still)) == [drop]
+
+
+def test_a_promise_of_a_new_leader_is_a_new_epoch() -> None:
+    """Seed 2030: a promise came before the new leader's first beat, and a recall of the old one
+    was obeyed after it."""
+    ledger = Ledger("g1", told=True)
+    ledger.handle(SchedulerBeat(epoch=1), 0.0)
+    ledger.open(spec_of("r1"), 0.0, 100.0)
+    accepted = Accepted(epoch=2, gateway="g1", request_id="r1", start_s=1.0, finish_s=2.0)
+    resumed = Resume(spec=spec_of("r1"), attempt=0)
+    assert ledger.handle(accepted, 1.0) == [resumed, Promised("r1", 1.0, 2.0)]
+    assert ledger.handle(Recall(epoch=1, gateway="g1", request_id="r1", attempt=1), 1.1) == []
 
 
 def _renewals(said: list[object]) -> list[Renewal]:

@@ -145,8 +145,8 @@ class Ledger:
                 return self._take_recall(event)
             case Rejected():
                 return self._take_rejection(event)
-            case Accepted() if event.epoch >= self.epoch and event.request_id in self._records:
-                return [Promised(event.request_id, event.start_s, event.finish_s)]
+            case Accepted():
+                return self._take_promise(event)
             case _:
                 return []
 
@@ -228,6 +228,16 @@ class Ledger:
         outputs = self._follow(rejection.epoch)
         if self._records.pop(rejection.request_id, None) is not None:
             outputs.append(Refused(rejection.request_id, rejection))
+        return outputs
+
+    def _take_promise(self, accepted: Accepted) -> list[Output]:
+        if accepted.epoch < self.epoch:
+            self.counts["old_epoch"] += 1
+            return []
+        outputs = self._follow(accepted.epoch)
+        if accepted.request_id in self._records:
+            news = Promised(accepted.request_id, accepted.start_s, accepted.finish_s)
+            outputs.append(news)
         return outputs
 
     # -------------------------------------------------------------------------------- answers
