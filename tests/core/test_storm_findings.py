@@ -1,5 +1,7 @@
 """What storms (`python -m sim.storm`) have found in the cores, each by itself."""
 
+from msgspec.structs import replace
+
 from services.gateway.core.ledger import Ledger, Promised
 from shared import tokens
 from shared.messages import (
@@ -12,8 +14,9 @@ from shared.messages import (
     Resume,
     RunSlice,
     SchedulerBeat,
+    SliceResult,
 )
-from tests.core.seam import spec_of, submit
+from tests.core.seam import Bench, spec_of, submit
 from tests.core.test_lease_faults import bench_of, join, listing, made, placed, told
 
 
@@ -48,6 +51,21 @@ def test_a_drop_that_was_lost_is_said_again_for_a_request_that_was_cancelled() -
     assert drop in bench.say(Cancel(gateway="g1", request_id="r1"))
     still = Resident(request_id="r1", attempt=attempt, position=3, until=16)
     assert bench.say(listing(still)) == [drop]
+
+
+def test_a_closed_batch_that_was_taken_over_is_over_although_its_request_was_cancelled() -> None:
+    """Seed 2333: it counted as load of its worker until it was overdue, two minutes later."""
+    bench = Bench("sls", epoch=2)
+    bench.join(residents=(Resident(request_id="r1", attempt=7, position=0),), residents_listed=True)
+    bench.say(Resume(spec=spec_of("r1"), attempt=0))
+    bench.after(1.1)
+    worker = bench.core.books.workers.active["w1"]
+    assert worker.load_s > 0
+    bench.say(Cancel(gateway="g1", request_id="r1"))
+    cancelled = SliceResult(request_id="r1", attempt=7, position=0, finish_reason="cancelled")
+    done = told(cancelled, batch_id="1-3")
+    bench.say(replace(done, form="closed"))
+    assert worker.load_s == 0.0
 
 
 def test_a_promise_of_a_new_leader_is_a_new_epoch() -> None:

@@ -209,6 +209,12 @@ class Books:
         self.rounds.gathered_at = min(self.rounds.gathered_at, at)
 
 
+def adopted_batch_id(request_id: str) -> str:
+    """Closed: a request found on a worker after a takeover has a batch of its own in our books,
+    since nobody here knows with whom it runs. It is over when its result comes, wanted or not."""
+    return f"adopted-{request_id}"
+
+
 def new_books(
     preset: Preset, constants: Constants, truth: Callable[[str], int] | None = None
 ) -> Books:

@@ -7,7 +7,7 @@ beside a new one; workers drop what nobody claims.
 """
 
 from services.scheduler.core import moves
-from services.scheduler.core.books import Books, Claim
+from services.scheduler.core.books import Books, Claim, adopted_batch_id
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.leasing import margin_tokens
 from services.scheduler.core.state import Cause, Request, State
@@ -62,7 +62,7 @@ def _adopt(books: Books, request: Request, claim: Claim, now: float) -> None:
         return
     estimate_s = books.costs.cost.slice_s(1, request.input_tokens, constants.slice_tokens)
     batch = Batch(
-        batch_id=f"adopted-{request.request_id}",
+        batch_id=adopted_batch_id(request.request_id),
         request_ids=(request.request_id,),
         estimate_s=estimate_s,
         dispatched_at=now,

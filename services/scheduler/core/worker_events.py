@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from services.scheduler.core import moves
-from services.scheduler.core.books import ATTEMPT_MAX, Books, Claim
+from services.scheduler.core.books import ATTEMPT_MAX, Books, Claim, adopted_batch_id
 from services.scheduler.core.lease_reports import joined_tokens, take_report
 from services.scheduler.core.state import HELD, Request, State
 from services.scheduler.core.workers import Batch, Worker
@@ -33,6 +33,8 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
     if batch is not None:
         books.costs.observe(event.timings)
     for result in event.results:
+        if worker is not None and not books.leased:
+            books.end(worker, adopted_batch_id(result.request_id))
         request = books.requests.open.get(result.request_id)
         if request is None or not _matches(request, event.worker, result):
             if result.resident and worker is not None and books.collecting_until is None:
@@ -42,7 +44,6 @@ def slice_done(books: Books, event: SliceDone, now: float) -> None:
         if books.leased and worker is not None:
             take_report(books, worker, request, result, now)
         else:
-            _forget_adopted(books, worker, request)
             _take_result(books, request, result, now)
     if not books.leased:
         for request in _still_placed(books, batch):
@@ -75,12 +76,6 @@ def _still_placed(books: Books, batch: Batch | None) -> list[Request]:
         return []
     found = (books.requests.open.get(request_id) for request_id in batch.request_ids)
     return [r for r in found if r and r.state is State.PLACED and r.batch_id == batch.batch_id]
-
-
-def _forget_adopted(books: Books, worker: Worker | None, request: Request) -> None:
-    """A request found after a takeover has a batch of its own in our books."""
-    if worker is not None:
-        books.end(worker, request.batch_id)
 
 
 def _take_result(books: Books, request: Request, result: SliceResult, now: float) -> None:
