@@ -61,6 +61,9 @@ class Resume(Message, frozen=True, kw_only=True):
     spec: RequestSpec
     attempt: int
     tokens: bytes = b""
+    paused: bool = False
+    """Its client is behind with reading, as the word with this `turn` said."""
+    turn: int = 0
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -87,6 +90,16 @@ class TokensWanted(Message, frozen=True, kw_only=True):
     request_id: str
     attempt: int
     position: int
+
+
+class Reading(Message, frozen=True, kw_only=True):
+    """A client fell behind with reading its stream (`paused`), or has caught up. Meanwhile its
+    request gets no new lease. `turn` counts these words of one request: older ones are ignored."""
+
+    gateway: str
+    request_id: str
+    turn: int
+    paused: bool
 
 
 class GatewayBeat(Message, frozen=True, kw_only=True):
@@ -331,6 +344,7 @@ ToScheduler = (
     | Cancel
     | Stopped
     | TokensWanted
+    | Reading
     | GatewayBeat
     | SliceDone
     | WorkerBeat

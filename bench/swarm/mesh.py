@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ class Plan:
     """Tokens per second and stream that workers make at `streams_per_worker`."""
     streams_per_worker: float
     model: Path
+    more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Stage to further arguments of its processes."""
 
     @property
     def speed(self) -> float:
@@ -119,7 +121,7 @@ def _services(plan: Plan, mesh: SwarmMesh, logs: Path, started: list[psutil.Pope
     bus = ["--bus", mesh.management.vhost_url("/")]
     for stage, ones in commands.items():
         for number, command in enumerate(ones):
-            process = spawn(f"{stage}-{number}", [command[0], *bus, *command[1:]], logs)
+            process = spawn(f"{stage}-{number}", [*command, *bus, *plan.more.get(stage, ())], logs)
             started.append(process)
             mesh.stages.setdefault(stage, []).append(process)
     mesh.urls = [f"http://127.0.0.1:{port}" for port in ports[: plan.gateways]]

@@ -31,6 +31,8 @@ class Choice:
     prompt_scores: Sequence[TokenLogprobs] = ()
     promise: tuple[float, float] | None = None
     """Monotonic: when the mesh expects its first and its last token."""
+    paused_at_characters: int = 0
+    """So much text waited when the mesh was last told that its client is behind; 0: it is not."""
     error: ApiError | None = None
     finished_at: float | None = None
     """Monotonic; when the mesh was done with it, for better or worse."""

@@ -8,6 +8,7 @@ plain HTTP, and the connection is closed.
 """
 
 import asyncio
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ BODY_GRACE = 1.5
 read."""
 FRAMES = 2
 """Chunked bodies may be so much longer on the line than they are, their trailers included."""
+WRITE_BUFFER_BYTES = 16_384
+"""What waits here for a slow reader, beside the kernel's buffers; with more, writing waits."""
+SEND_BUFFER_BYTES = 65_536
+"""And there; by itself Linux takes some 2 MB for a reader on the same machine, an hour of text."""
 REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large"}
 REASONS |= {413: "Content Too Large", 503: "Service Unavailable"}
 
@@ -71,6 +76,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """One more; beyond the limit it is told and closed."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        line = transport.get_extra_info("socket")
+        if line is not None:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if len(self._limits.open) >= self._limits.connections_max:
             message = "Too many connections are open here. Try again later."
             self._refuse(unavailable(message, UNAVAILABLE_RETRY_S, "too_many_connections"))

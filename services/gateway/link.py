@@ -34,7 +34,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.outbox import Outbox
 from services.gateway.settings import GatewaySettings
 from shared.bus.api import Bus, BusError, BusFull, Delivery
-from shared.bus.topology import SCHEDULER_QUEUE, from_gateway, gateway_queue
+from shared.bus.topology import SCHEDULER_QUEUE, from_gateway, gateway_queue, said_rightly
 from shared.messages import GatewayBeat, Message, TokenBatch
 from shared.telemetry.setup import Telemetry
 from shared.telemetry.tracing import headers_for, record_span
@@ -42,6 +42,10 @@ from shared.telemetry.tracing import headers_for, record_span
 BEAT_S = 1.0
 """The scheduler cancels a gateway's requests after three missed beats."""
 BEAT_DEADLINE_S = 2.0
+
+
+class Misdirected(Exception):
+    """A message that its sender has no right to say; it becomes a dead letter."""
 
 
 class MeshLink:
@@ -126,6 +130,15 @@ class MeshLink:
                 self._forget(choice, None)
                 self._send(self._ledger.cancel(choice.spec.request_id))
 
+    def caught_up(self, call: Call) -> None:
+        """Its client took all that was written: what was paused for it goes on."""
+        for choice in call.choices:
+            if choice.paused_at_characters and not choice.transcript.pending_characters:
+                choice.paused_at_characters = 0
+                request_id, now = choice.spec.request_id, self.now()
+                self._send(self._ledger.pause(request_id, now, paused=False))
+                self._rearm_if_earlier()
+
     def abandon(self) -> None:
         """The drain is over: what is still open ends with an error."""
         for request_id in tuple(self._open):
@@ -154,6 +167,9 @@ class MeshLink:
 
     async def _on_delivery(self, delivery: Delivery) -> None:
         message = delivery.message
+        if not said_rightly(delivery):
+            self._metrics.errors.labels("misdirected").inc()
+            raise Misdirected(f"{type(message).__name__} is not from {delivery.exchange}")
         if isinstance(message, TokenBatch):
             self._metrics.token_batches.inc()
             self._metrics.token_wait.observe(delivery.queue_wait_s)
@@ -208,7 +224,19 @@ class MeshLink:
             self._metrics.slow_readers.inc()
             self._forget(choice, slow_reader(self._settings.stream_characters_max))
             self._send(self._ledger.cancel(arrived.request_id))
+        else:
+            self._pause_if_behind(choice, now)
         call.changed.set()
+
+    def _pause_if_behind(self, choice: Choice, now: float) -> None:
+        """Said again whenever twice as much waits, should the word have been lost."""
+        waiting = choice.transcript.pending_characters
+        limit = max(self._settings.reader_behind_characters, 2 * choice.paused_at_characters)
+        if choice.spec.stream and waiting > limit:
+            if not choice.paused_at_characters:
+                self._metrics.paused_readers.inc()
+            choice.paused_at_characters = waiting
+            self._send(self._ledger.pause(choice.spec.request_id, now, paused=True))
 
     def _reads_too_slowly(self, choice: Choice) -> bool:
         """A whole answer may wait, and so may the end of an output that is complete."""

@@ -118,6 +118,11 @@ class GatewayMetrics:
             "Streams cancelled because too much text waited for their client.",
             registry=registry,
         )
+        self.paused_readers = Counter(
+            "tranche_gateway_paused_readers_total",
+            "Times that a stream was paused because its client was behind with reading.",
+            registry=registry,
+        )
         self.token_batches = Counter(
             "tranche_gateway_token_batches_total", "Token messages received.", registry=registry
         )

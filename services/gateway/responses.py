@@ -157,6 +157,7 @@ class CallResponse(Response):
             self._silent = False
             if events:
                 await self._write(send, events, more=not over)
+                self._link.caught_up(self._call)
             if over:
                 return 200
 

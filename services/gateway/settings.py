@@ -66,7 +66,11 @@ class GatewaySettings(ServiceSettings):
     keepalive_s: float = Field(default=5.0, gt=0.0)
     """A comment line goes to a stream that has nothing else to say for so long."""
     stream_characters_max: int = Field(default=262_144, ge=1_024)
-    """Text that waits for a slow reader; beyond, its request is cancelled."""
+    """Text that waits for a slow reader; beyond, its request is cancelled. That is the last resort,
+    where no lease ends in between."""
+    reader_behind_characters: int = Field(default=2_048, ge=256)
+    """With more text than this waiting for its client, a stream is paused at its next lease until
+    the client has read it."""
     write_timeout_s: float = Field(default=60.0, gt=0.0)
     """A client that takes nothing for so long is given up."""
     body_timeout_s: float = Field(default=60.0, gt=0.0)

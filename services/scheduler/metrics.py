@@ -6,6 +6,7 @@ dashboards made for it work.
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.scheduler.core.promises import Promises
 from shared.messages import (
     Park,
     Recall,
@@ -57,6 +58,14 @@ class SchedulerMetrics:
             "How far the estimate of a closed slice's time was off: |estimate - measured| / "
             "measured. Nobody estimates the time of a lease.",
             ERROR_RATIOS,
+        )
+        self.prediction_error = Histogram(
+            "tranche_prediction_error_ratio",
+            "How far the predicted start (first token) or finish of a request was off: |predicted "
+            "- actual| / actual, both counted from its arrival at the scheduler.",
+            ("of",),
+            buckets=ERROR_RATIOS,
+            registry=registry,
         )
         self.dispatched = counter("dispatched_batches", "Batches given to workers.")
         self.orders = counter("dispatched_orders", "Requests' slices given to workers.")
@@ -133,6 +142,14 @@ class SchedulerMetrics:
         measured_s = done.timings.prefill_s + done.timings.decode_s
         if expected_s is not None and measured_s > 0:
             self.slice_error.observe(abs(expected_s - measured_s) / measured_s)
+
+    def on_misses(self, promises: Promises, seen: int) -> int:
+        """What was compared since `seen` comparisons; returns how many there are now."""
+        new = min(promises.compared - seen, len(promises.misses))
+        for at in range(len(promises.misses) - new, len(promises.misses)):
+            miss = promises.misses[at]
+            self.prediction_error.labels(miss.kind).observe(miss.error)
+        return promises.compared
 
     def on_beat(self, beat: SchedulerBeat, model: str) -> None:
         """The gauges say what the beat says."""

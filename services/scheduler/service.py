@@ -36,6 +36,7 @@ from shared.messages import (
     GatewayBeat,
     OrderReturned,
     Park,
+    Reading,
     Recall,
     Rejected,
     Resume,
@@ -124,6 +125,7 @@ class _Shell:
         self._reading = False
         self._stirred = asyncio.Event()
         self._workers_lost = 0
+        self._compared = 0
         self._advice = ""
 
     def ready(self) -> bool:
@@ -212,7 +214,7 @@ class _Shell:
         settings = self._settings
         core = Scheduler(settings.preset(), settings.constants())
         self._core = core
-        self._workers_lost = 0
+        self._workers_lost = self._compared = 0
         if self._journal is not None:
             self._journal.record(replay.started(settings.policy, settings.constants()))
         self._metrics.elections.inc()
@@ -289,6 +291,7 @@ class _Shell:
             self._metrics.workers_lost.inc(lost - self._workers_lost)
             self._log.warning("scheduler.worker_lost", workers=len(core.books.workers.active))
         self._workers_lost = lost
+        self._compared = self._metrics.on_misses(core.books.promises, self._compared)
         if core.advice != self._advice:
             self._advice = core.advice
             if self._advice:
@@ -320,7 +323,7 @@ def _sender(message: AnyMessage) -> str:
     match message:
         case Submit() | Resume():
             return f"gateway.{message.spec.gateway}"
-        case Cancel() | Stopped() | TokensWanted() | GatewayBeat():
+        case Cancel() | Stopped() | TokensWanted() | Reading() | GatewayBeat():
             return f"gateway.{message.gateway}"
         case SliceDone():
             return f"worker.{message.worker}"
@@ -344,7 +347,7 @@ def _request_id(message: AnyMessage | None) -> str:
     match message:
         case Submit() | Resume():
             return message.spec.request_id
-        case Cancel() | Stopped() | TokensWanted() | Recall() | Accepted() | Rejected():
+        case Cancel() | Stopped() | TokensWanted() | Reading() | Recall() | Accepted() | Rejected():
             return message.request_id
         case Park() | Drop() | SendTokens():
             return message.request_id

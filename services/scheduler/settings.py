@@ -19,6 +19,7 @@ LIVE = (
     "round_on_idle",
     "memory_share",
     "waiting_max",
+    "wait_max_s",
 )
 """Constants that have a setting of their own."""
 
@@ -63,6 +64,9 @@ class SchedulerSettings(ServiceSettings):
     """Share of a worker's KV slots that batches may fill."""
     waiting_max: int = Field(default=4096, ge=1)
     """Requests that may wait; more are answered with 429 and a time to retry."""
+    wait_max_s: float = Field(default=120.0, ge=0)
+    """A new request that would wait longer than this, by prediction, is answered with 429 and the
+    time until requests are taken in again; 0: never."""
     set: dict[str, str] = Field(default_factory=dict)
     """Any other constant of the policies, by name; an unknown name lists them all."""
 

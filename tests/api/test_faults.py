@@ -17,6 +17,7 @@ from shared.messages import (
     Cancel,
     FinishAck,
     GatewayBeat,
+    Reading,
     Recall,
     Rejected,
     RequestSpec,
@@ -362,6 +363,39 @@ async def test_a_client_that_reads_nothing_is_given_up() -> None:
                 await asyncio.sleep(0.02)
         assert stage.metric("tranche_gateway_open_streams") == 0
         assert stage.metric("tranche_gateway_open_requests") == 0
+
+
+async def test_a_slow_reader_is_paused_and_gets_all_its_text() -> None:
+    """The mesh hears when it falls behind and when it has caught up; then the rest follows."""
+    length, choices = 900, 2
+
+    def runs(spec: RequestSpec) -> list[Saying]:
+        return [batch(spec, run) for run in runs_of(spec, [290] * length, size=1)]
+
+    async with staged(reader_behind_characters=256) as stage:
+        stage.mesh.plan = lambda spec: runs(spec)[:-1]
+        body = {"model": "demo_model", "prompt": [5], "max_tokens": length, "stream": True}
+        body |= {"n": choices, "stream_options": {"include_usage": True}}
+        content = json.dumps(body).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(content)
+        async with raw_request(stage, head + content) as connection, asyncio.timeout(60):
+            await stage.mesh.until_heard(Reading, choices)
+            words = [m for m in stage.mesh.heard if isinstance(m, Reading)]
+            assert all(word.paused for word in words), "it has read nothing yet"
+            loop, received = asyncio.get_running_loop(), b""
+            said = False
+            while piece := await loop.sock_recv(connection, 65_536):
+                received += piece
+                last = {m.request_id: m.paused for m in stage.mesh.heard if isinstance(m, Reading)}
+                if not said and len(last) == choices and not any(last.values()):
+                    said = True
+                    for spec in stage.mesh.specs.values():
+                        await stage.mesh.say(runs(spec)[-1])
+        assert f'"completion_tokens":{choices * length},'.encode() in received
+        assert b"data: [DONE]" in received
+        assert stage.metric("tranche_gateway_slow_readers_total") == 0
+        assert stage.metric("tranche_gateway_paused_readers_total") >= choices
 
 
 async def test_a_body_that_never_comes_is_given_up() -> None:

@@ -22,6 +22,7 @@ from shared.messages import (
     FinishAck,
     FinishReason,
     Message,
+    Reading,
     Recall,
     Rejected,
     RequestSpec,
@@ -134,6 +135,18 @@ class Ledger:
         stopped = Stopped(gateway=self._gateway, request_id=request_id, output_tokens=output_tokens)
         return [stopped]
 
+    def pause(self, request_id: str, now: float, *, paused: bool) -> list[Output]:
+        """Its client has fallen behind with reading, or has caught up."""
+        record = self._records.get(request_id)
+        if record is None or (record.paused == paused and not paused):
+            return []
+        record.paused, record.turn = paused, record.turn + 1
+        record.heard_at, record.asked = now, 0
+        self._schedule(record)
+        return [
+            Reading(gateway=self._gateway, request_id=request_id, turn=record.turn, paused=paused)
+        ]
+
     def handle(self, event: AnyMessage, now: float) -> list[Output]:
         """What the mesh says to gateways; anything else is no news."""
         match event:
@@ -151,8 +164,9 @@ class Ledger:
                 return []
 
     def reconnected(self, now: float) -> list[Output]:
-        """The connection was lost, and messages with it perhaps: ask about all open requests."""
-        return [self._ask(record, now) for record in self._records.values()]
+        """The connection was lost, and messages with it perhaps: ask about all open requests; what
+        a slow reader misses is asked for when it has caught up."""
+        return [self._ask(record, now) for record in self._records.values() if not record.paused]
 
     def deadline(self) -> float | None:
         """When to call `wake` next."""
@@ -251,7 +265,13 @@ class Ledger:
 
     def _resume(self, record: Record) -> Resume:
         self.counts["resumed"] += 1
-        return Resume(spec=record.spec, attempt=record.closed_attempt, tokens=record.packed())
+        return Resume(
+            spec=record.spec,
+            attempt=record.closed_attempt,
+            tokens=record.packed(),
+            paused=record.paused,
+            turn=record.turn,
+        )
 
     def _acknowledge(self, worker: str, request_ids: Sequence[str]) -> FinishAck:
         return FinishAck(gateway=self._gateway, worker=worker, request_ids=tuple(request_ids))
@@ -260,6 +280,8 @@ class Ledger:
 
     def _next_due(self, record: Record) -> float:
         """When this record needs attention if nothing more is heard."""
+        if record.paused:
+            return record.expires_at
         if record.gap_since is not None:
             since, wait_s = record.gap_since, self._patience.gap_s
         elif record.position:

@@ -52,6 +52,10 @@ class Record:
     """How often missing tokens were asked for since the last progress."""
     asked_at: float = 0.0
     prompt_scored: bool = False
+    paused: bool = False
+    """Its client is behind with reading: nothing is missed until it has caught up."""
+    turn: int = 0
+    """Words about that so far."""
     due_at: float = 0.0
     """When the ledger looks at it again."""
 

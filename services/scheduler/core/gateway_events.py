@@ -1,6 +1,6 @@
 """What gateways say, and what follows: submit, resume, cancel, stopped, tokens wanted, beats."""
 
-from services.scheduler.core import moves
+from services.scheduler.core import moves, readers
 from services.scheduler.core.books import ATTEMPT_MAX, Books
 from services.scheduler.core.refusals import refusal
 from services.scheduler.core.state import Placement, Request, State
@@ -9,6 +9,7 @@ from shared.messages import (
     Accepted,
     Cancel,
     GatewayBeat,
+    Reading,
     Recall,
     Resume,
     SendTokens,
@@ -67,6 +68,7 @@ def resume(books: Books, event: Resume, now: float) -> None:
         return
     if request.state is State.DONE:
         return
+    _take_reading(books, request, event, now)
     if request.state is State.COLLECTING:
         if tokens.count(event.tokens) >= request.output_tokens:
             moves.resume(books, request, event.attempt, event.tokens, now)
@@ -83,8 +85,15 @@ def resume(books: Books, event: Resume, now: float) -> None:
         _take_truth(books, request, event, now)
 
 
+def _take_reading(books: Books, request: Request, event: Resume, now: float) -> None:
+    if event.turn > request.reading_turn:
+        request.reading_turn = event.turn
+        readers.set_paused(books, request, now, paused=event.paused)
+
+
 def _open_resumed(books: Books, event: Resume, now: float) -> None:
     request = books.requests.open_new(event.spec)
+    _take_reading(books, request, event, now)
     moves.admit(books, request, now)
     if request.state is State.COLLECTING:
         moves.resume(books, request, event.attempt, event.tokens, now)
@@ -135,6 +144,12 @@ def gateway_gone(books: Books, gateway: str, now: float, *, for_good: bool) -> N
         request.orphaned = not for_good
 
 
+def reading(books: Books, event: Reading, now: float) -> None:
+    """How its client keeps up with a stream."""
+    heard(books, event.gateway, now)
+    readers.reading(books, event, now)
+
+
 def tokens_wanted(books: Books, event: TokensWanted, now: float) -> None:
     """Pass the question to the worker that made those tokens, or ask for the truth."""
     heard(books, event.gateway, now)
@@ -142,6 +157,8 @@ def tokens_wanted(books: Books, event: TokensWanted, now: float) -> None:
     if request is None:
         _wanted_unknown(books, event)
         return
+    # Nobody asks for what a slow reader has to wait for: the word that it caught up was lost.
+    readers.set_paused(books, request, now, paused=False)
     if request.state in (State.COLLECTING, State.RECALLING):
         return
     if request.state is State.WAITING and event.position == request.output_tokens:

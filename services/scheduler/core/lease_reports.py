@@ -65,6 +65,8 @@ def _progress(books: Books, worker: Worker, request: Request, *, first: bool) ->
     if left <= margin_tokens(books):
         if request.until >= request.spec.max_tokens:
             return  # there is no next lease
+        if request.paused:
+            return  # its client has to catch up first
         worker.credit.wanting[request.request_id] = request
     elif not first:
         # It reports although much is left by our account: it has not heard of its latest lease.
@@ -76,7 +78,7 @@ def _stopped(
 ) -> None:
     """Its KV is freed before its end: parked, evicted by the engine, or the worker is leaving."""
     parked = request.state is State.PARKING
-    if parked or result.evicted:
+    if (parked and not request.paused) or result.evicted:
         moves.evicted(books, request, now)
     request.refusals = 0 if made or parked or result.evicted else request.refusals + 1
     if request.refusals > books.constants.refusals_max:

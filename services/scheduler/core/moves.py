@@ -14,7 +14,7 @@ def _move(
     """Change its state (and its tokens), and keep lines and credits right: the one place where
     they change."""
     before, worker = request.state, books.workers.active.get(request.worker)
-    if before is State.WAITING:
+    if before is State.WAITING and not request.paused:
         placed, workers = cause is Cause.PLACE, books.board.taking
         books.waits.left(request, now, placed=placed, workers=workers)
         _out_of_line(books, request)
@@ -26,7 +26,7 @@ def _move(
     if before in HELD and request.state not in HELD and worker is not None:
         worker.credit.release(request, parking=before is State.PARKING)
         books.touch(worker)
-    if request.state is State.WAITING:
+    if request.state is State.WAITING and not request.paused:
         _into_line(books, request, now)
         books.waits.joined(request, now, workers=books.board.taking)
 
@@ -51,6 +51,18 @@ def _into_line(books: Books, request: Request, now: float) -> None:
     books.lines.push(request, worker, now)
     if worker is not None:
         books.touch(worker)
+
+
+def pause_waiting(books: Books, request: Request, now: float, *, paused: bool) -> None:
+    """Its client reads slowly, or has caught up: out of its line, or into it again."""
+    request.paused = paused
+    if paused:
+        books.waits.left(request, now, placed=False, workers=books.board.taking)
+        _out_of_line(books, request)
+    else:
+        _into_line(books, request, now)
+        books.waits.joined(request, now, workers=books.board.taking)
+        books.want_round(now)
 
 
 def bind(books: Books, request: Request, worker: Worker, now: float) -> None:

@@ -23,6 +23,7 @@ from shared.messages import (
     GatewayBeat,
     LengthForecast,
     OrderReturned,
+    Reading,
     Resume,
     SchedulerCommand,
     SchedulerEvent,
@@ -125,6 +126,8 @@ def _happened(books: Books, event: SchedulerEvent, now: float) -> None:
             gateway_events.cancel(books, event, now)
         case Stopped():
             gateway_events.stopped(books, event, now)
+        case Reading():
+            gateway_events.reading(books, event, now)
         case TokensWanted():
             gateway_events.tokens_wanted(books, event, now)
         case GatewayBeat():

@@ -82,7 +82,8 @@ def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, n
     worker.credit.take(request, min(max(made, reach), request.spec.max_tokens))
     if claim.position > 0:
         worker.credit.prefilled(request)
-    if request.until - made <= margin_tokens(books) and request.until < request.spec.max_tokens:
+    short = request.until - made <= margin_tokens(books)
+    if short and not request.paused and request.until < request.spec.max_tokens:
         worker.credit.wanting[request.request_id] = request
     request.heard_at = now
     books.reminded[request.request_id] = request

@@ -4,6 +4,7 @@ from services.scheduler.core import moves
 from services.scheduler.core.books import Books
 from services.scheduler.core.gateway_events import gateway_gone
 from services.scheduler.core.predict import predicted_wait_s
+from services.scheduler.core.readers import park_paused
 from services.scheduler.core.refusals import advice
 from services.scheduler.core.worker_events import batch_overdue, lease_overdue, worker_lost
 from services.scheduler.core.workers import Worker
@@ -65,6 +66,7 @@ def watch(books: Books, now: float) -> None:
         for batch in [b for b in worker.batches.values() if now > b.due_at]:
             batch_overdue(books, worker, batch, now)
         if leases_too:
+            park_paused(books, worker, now)
             _leases(books, worker, now)
     for gateway, seen_at in list(books.gateways.items()):
         if now - seen_at > constants.gateway_timeout_s:
