@@ -30,7 +30,13 @@ from services.worker.pretend_member import Member, Outgoing
 from services.worker.scheduler_line import SchedulerLine
 from services.worker.settings import WorkerSettings
 from shared.bus.api import Bus, BusError, Delivery, Unroutable
-from shared.bus.topology import SCHEDULER_QUEUE, addresses_of, host_queue, hosted_worker
+from shared.bus.topology import (
+    SCHEDULER_QUEUE,
+    addresses_of,
+    host_queue,
+    hosted_worker,
+    said_rightly,
+)
 from shared.config import SetupError
 from shared.messages import (
     DrainWorker,
@@ -160,7 +166,7 @@ class Host:
     # ------------------------------------------------------------------------- events in
 
     async def _on_delivery(self, delivery: Delivery) -> None:
-        message = delivery.message
+        message = delivery.message if said_rightly(delivery) else None
         match message:
             case RunSlice() | Park() | Drop() | SendTokens() | DrainWorker():
                 member = self._members.get(message.worker)
@@ -172,7 +178,10 @@ class Host:
                 self._acknowledged(message)
             case _:
                 self._on_error("misdirected")
-                raise Misdirected(f"{type(message).__name__} is nothing for a worker")
+                what = type(delivery.message).__name__
+                raise Misdirected(
+                    f"{what} is nothing for a worker, or not from {delivery.exchange}"
+                )
 
     def _handle(self, member: Member, event: Event) -> None:
         self._take(member, member.handle(event, self._loop.time()))

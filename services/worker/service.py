@@ -33,7 +33,7 @@ from services.worker.scheduler_line import SchedulerLine
 from services.worker.settings import WorkerSettings
 from services.worker.spans import LeaseSpans, record_slice
 from shared.bus.api import Bus, BusError, Delivery, Unroutable
-from shared.bus.topology import SCHEDULER_QUEUE, addresses_of, worker_queue
+from shared.bus.topology import SCHEDULER_QUEUE, addresses_of, said_rightly, worker_queue
 from shared.messages import (
     DrainWorker,
     Drop,
@@ -176,7 +176,7 @@ class _Shell:
         self._stirred.set()
 
     async def _on_delivery(self, delivery: Delivery) -> None:
-        message = delivery.message
+        message = delivery.message if said_rightly(delivery) else None
         match message:
             case SchedulerBeat() | FinishAck():
                 self._put(message)
@@ -186,7 +186,10 @@ class _Shell:
                 self._put(message)
             case _:
                 self._on_error("misdirected")
-                raise Misdirected(f"{type(message).__name__} is nothing for this worker")
+                what = type(delivery.message).__name__
+                raise Misdirected(
+                    f"{what} is nothing for this worker, or not from {delivery.exchange}"
+                )
 
     async def _pump(self, core: Worker, engine: EngineThread, tasks: asyncio.TaskGroup) -> None:
         """Every event into the core, every command out, until the core leaves."""

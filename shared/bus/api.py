@@ -81,6 +81,8 @@ class Delivery:
     headers: Mapping[str, str] = field(default_factory=dict)
     """`traceparent` and `tracestate` among them, if the sender had a trace."""
     redelivered: bool = False
+    exchange: str = ""
+    """By which it came, and so what kind of sender it has; empty: straight into the queue."""
 
     @property
     def queue_wait_s(self) -> float:

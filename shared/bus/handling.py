@@ -38,6 +38,7 @@ class Received:
     sent_at: float
     headers: Mapping[str, str]
     redelivered: bool
+    exchange: str = ""
     failures: int = 0
     """How often a handler failed on it before."""
 
@@ -65,6 +66,7 @@ async def handle(queue: str, handler: Handler, received: Received) -> Verdict:
         received_at=time.time(),
         headers=received.headers,
         redelivered=received.redelivered,
+        exchange=received.exchange,
     )
     try:
         await handler(delivery)

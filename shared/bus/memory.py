@@ -222,6 +222,7 @@ class MemoryBroker:
             sent_at=time.time(),
             headers=dict(headers) if headers else {},
             redelivered=False,
+            exchange=address.exchange,
         )
         full = [name for name in targets if not self._queues[name].put(received)]
         if full:

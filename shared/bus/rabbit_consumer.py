@@ -194,5 +194,6 @@ def received_from(message: DeliveredMessage, failures: int) -> Received:
         sent_at=sent_at / 1e6 if isinstance(sent_at, int) else received_at,
         headers={name: value for name, value in headers.items() if isinstance(value, str)},
         redelivered=bool(message.redelivered),
+        exchange=message.exchange or "",
         failures=failures,
     )

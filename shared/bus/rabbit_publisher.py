@@ -27,6 +27,8 @@ IN_FLIGHT_MAX = 256
 after a loss."""
 UNDRAINED_BYTES_MAX = 64 * 1024
 """Larger bodies wait until the socket took them, so that what is in flight stays below 16 MiB."""
+ROUTING_KEY_BYTES_MAX = 255
+"""AMQP's own. A name in a broken message may be longer; nobody's is."""
 FLUSH_TIMEOUT_S = 3.0
 """How long closing waits for confirms."""
 
@@ -77,6 +79,8 @@ class Publisher:
         mandatory: bool,
     ) -> None:
         """See Bus.publish."""
+        if len(address.routing_key.encode()) > ROUTING_KEY_BYTES_MAX:
+            raise Unroutable(f"a routing key of {len(address.routing_key)} characters names nobody")
         properties = spec.Basic.Properties(
             content_type="application/msgpack",
             delivery_mode=2 if persistent else 1,

@@ -15,7 +15,10 @@ what (`shared.bus.rights`); the routing key names the sender (towards the schedu
     tranche.history     scheduler           estimator       finished, or `beat`
 """
 
-from shared.bus.api import Address, QueueSpec
+from collections.abc import Mapping
+from types import UnionType
+
+from shared.bus.api import Address, Delivery, QueueSpec
 from shared.messages import (
     Accepted,
     DrainWorker,
@@ -52,6 +55,21 @@ SCHEDULER_QUEUE = QueueSpec(
 ESTIMATOR_QUEUE = QueueSpec(
     name="tranche.estimator", kind="durable", bindings=((HISTORY, FINISHED),), prefetch=200
 )
+
+
+SAID_BY: Mapping[str, type | UnionType] = {
+    ORDERS: RunSlice | Park | Drop | SendTokens | DrainWorker | SchedulerBeat,
+    NOTICES: Recall | Accepted | Rejected | SchedulerBeat,
+    TOKENS: TokenBatch,
+    ASKS: FinishAck,
+}
+"""What the senders of an exchange have to say, where a queue is fed by several."""
+
+
+def said_rightly(delivery: Delivery) -> bool:
+    """Whether the message came by the exchange of those who may say it. Only the exchange tells:
+    the broker lets nobody else publish there, and a body can name anybody."""
+    return isinstance(delivery.message, SAID_BY.get(delivery.exchange, ()))
 
 
 def gateway_queue(boot_id: str) -> QueueSpec:
