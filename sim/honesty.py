@@ -41,11 +41,15 @@ BURST = 4.0
 WARM_UP = 500
 """Requests at the beginning that do not count: nothing is known yet of lengths and rates."""
 PREDICTED_LOADS = {"steady": (0.8, 0.92, 1.05), "bursts": (0.8, 0.92)}
-REFUSED_LOADS = {"steady": 1.3, "bursts": 1.1}
+REFUSED_LOADS = {"steady": 1.5, "bursts": 1.2}
+PROBES_EVERY_S = 0.1
+"""Requests of one token in and out that find out when a door opens; in a pause between bursts
+nobody else would."""
 WAIT_MAX_S = 10.0
+PROBE = "probe"
 TTFT_MS = (1_000, 2_000, 5_000, 10_000)
 DEADLINE_MS = (5_000, 10_000, 20_000, 40_000, 80_000)
-LET_IN_SHARE = 0.05
+LET_IN_SHARE = 0.1
 """Of the refused, in the run at the margin: few enough not to change the load."""
 WAITED_S = 0.5
 """Waits below this are left out of relative errors of waits."""
@@ -131,14 +135,31 @@ def prediction_errors(world: World) -> dict[str, list[float]]:
 def door_errors(world: World) -> dict[str, list[float]]:
     """Of everybody refused for a full queue: told, against the time until the next one that was
     taken in had come. Refusals after the last acceptance have no truth and do not count."""
-    calls = world.calls(world.workload(), {"wait_max_s": WAIT_MAX_S})
+    calls = world.calls(with_probes(world.workload()), {"wait_max_s": WAIT_MAX_S})
     errors, next_at = [], None
-    for call in reversed(calls[WARM_UP:]):
+    for call in reversed(calls):
+        probe = call.item.service_class == PROBE
         if call.outcome != "rejected":
             next_at = call.sent_at
-        elif next_at is not None and call.retry_after_s is not None:
+        elif next_at is not None and call.retry_after_s is not None and not probe:
             errors.append(_error(call.retry_after_s, next_at - call.sent_at))
-    return {"Retry-After, full queue": errors}
+    warm = sum(call.outcome == "rejected" for call in _first_asking(calls, WARM_UP))
+    return {"Retry-After, full queue": errors[: len(errors) - warm]}
+
+
+def with_probes(workload: Workload) -> Workload:
+    """The same requests, and the probes between them."""
+    last_s = workload.items[-1].arrival_s or 0.0
+    probes = [
+        Item(number * PROBES_EVERY_S, 1, 1, service_class=PROBE)
+        for number in range(int(last_s / PROBES_EVERY_S))
+    ]
+    items = sorted([*workload.items, *probes], key=lambda item: item.arrival_s or 0.0)
+    return replace(workload, items=tuple(items))
+
+
+def _first_asking(calls: Sequence[Call], count: int) -> list[Call]:
+    return [call for call in calls if call.item.service_class != PROBE][:count]
 
 
 # -------------------------------------------------------------------------------------- deadlines
@@ -166,7 +187,7 @@ def deadline_shares(world: World) -> dict[str, list[float]]:
     margin = world.calls(_without(wishing, lambda number: number in chosen))
     accepted = [call for call in judged[WARM_UP:] if call.outcome == "completed"]
     items = wishing.items
-    let_in = [number for number in sorted(chosen) if _ttft(margin[number]) > WAITED_S]
+    waited = [number for number in sorted(chosen) if _ttft(margin[number]) > WAITED_S]
     return {
         "accepted that meet their deadline": [
             float(_meets(call, items[call.number])) for call in accepted
@@ -179,7 +200,7 @@ def deadline_shares(world: World) -> dict[str, list[float]]:
         ],
         "Retry-After, deadline": [
             _error(retry_s, _ttft(margin[number]))
-            for number in let_in
+            for number in waited
             if (retry_s := judged[number].retry_after_s) is not None
         ],
     }
@@ -234,7 +255,9 @@ def figure(
     share = not (question.startswith(("predicted", "Retry")))
     each = [(fmean if share else median)(one) for one in values if one]
     value = fmean(each) if each else float("nan")
-    held = not limit or (value >= fair if limit.startswith("at least") else value <= fair)
+    held = (
+        not limit or not each or (value >= fair if limit.startswith("at least") else value <= fair)
+    )
     return Figure(
         question,
         world.arrivals,
@@ -296,8 +319,8 @@ def table(figures: Sequence[Figure]) -> Table:
             one.question,
             one.arrivals,
             f"{one.load:g}",
-            f"{one.value:.1%}",
-            f"{one.low:.1%} to {one.high:.1%}",
+            f"{one.value:.1%}" if one.count else "-",
+            f"{one.low:.1%} to {one.high:.1%}" if one.count else "-",
             f"{one.count:,}",
             one.limit,
             ("yes" if one.held else "NO") if one.limit else "",
