@@ -221,7 +221,7 @@ def result_of(
     overload = fmean(p.goodput_rps for p in threes)
     refused = [v for v in run.visits if v.outcome == "refused"]
     truths = truths_of(refused, run.visits)
-    outcomes = Counter(visit.outcome for visit in run.visits)
+    outcomes = Counter[str](visit.outcome for visit in run.visits)
     first, last = threes[0].rss_mb, threes[-1].rss_mb
     result = Result(
         at=datetime.now(UTC).isoformat(timespec="seconds"),

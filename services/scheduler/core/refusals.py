@@ -5,8 +5,8 @@ because its wait is above `wait_max_s`. Then the door closes until a good part o
 (`reopen_share` of it is left, or `closed_max_s` of work was done), and the time until then is what
 everybody is told: it can be foretold, since nothing joins meanwhile; a door that opened for each
 place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
-is refused for it hears the wait that it would have had. If it would be missed without any queue
-too, trying again does not help, and that is said.
+is refused for it hears how long it would have waited for its first token. If it would be missed
+without any queue too, trying again does not help, and that is said.
 """
 
 from services.scheduler.core.books import Books
@@ -80,13 +80,13 @@ def _too_late(books: Books, spec: RequestSpec, prediction: Prediction) -> Reject
         if prediction.start_s * late > within_s:
             detail = f"the first token is expected in {prediction.start_s:.2f} s"
             helps = alone_s * late <= within_s
-            return _rejected(books, spec, "deadline", detail, prediction.wait_s if helps else None)
+            return _rejected(books, spec, "deadline", detail, prediction.start_s if helps else None)
     if spec.deadline_ms is not None:
         within_s = spec.deadline_ms / 1000
         if prediction.chance_of_finish(within_s, late) < wanted:
             detail = f"the end is expected in {prediction.finish_s:.2f} s"
             helps = prediction.chance_of_finish(within_s + prediction.wait_s * late, late) >= wanted
-            return _rejected(books, spec, "deadline", detail, prediction.wait_s if helps else None)
+            return _rejected(books, spec, "deadline", detail, prediction.start_s if helps else None)
     return None
 
 
