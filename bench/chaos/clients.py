@@ -80,9 +80,9 @@ class Load:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), ask.think_s)
                 return
-            await self._until_accepted(ask)
+            await self.until_accepted(ask)
 
-    async def _until_accepted(self, ask: Ask) -> None:
+    async def until_accepted(self, ask: Ask) -> None:
         """A refused stream is asked for again, of a killed gateway's at the other one."""
         gateway = ask.gateway
         while not self.stopping.is_set():

@@ -34,6 +34,8 @@ class Done(msgspec.Struct, kw_only=True):
     who: str
     """The service that it befell; empty: nobody was there in that role."""
     said: str = ""
+    spare: bool = True
+    """Somebody was well who could take over: the standby, or another worker."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +59,8 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     streams: int
     """That were under way."""
     alone: bool
-    """No other fault came before the last of them went on."""
+    """Nothing else was wrong then, and no other fault came before the last of them went on, or
+    within the bound."""
     bound_s: float
     """0: none is set."""
 
@@ -152,6 +155,8 @@ def recoveries(
         earlier_until = max((d.until for d in faults[:place]), default=float("-inf"))
         pauses = [pause for s in streams if (pause := pause_s(s, done)) is not None]
         longest = max(pauses, default=0.0)
+        bound = bound_s(done.fault, slice_s) if done.spare else 0.0
+        judged_by = done.at + (min(longest, bound) if bound else longest)
         found.append(
             Recovery(
                 kind=done.fault.kind,
@@ -159,8 +164,8 @@ def recoveries(
                 number=done.fault.number,
                 pause_s=longest,
                 streams=len(pauses),
-                alone=done.at + longest <= later and earlier_until <= done.at,
-                bound_s=bound_s(done.fault, slice_s),
+                alone=judged_by <= later and earlier_until <= done.at,
+                bound_s=bound,
             )
         )
     return tuple(found)

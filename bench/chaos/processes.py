@@ -248,6 +248,12 @@ class Processes:
                     found[name] = int(float(said[0].split()[-1])) if said else 0
         return found
 
+    def spare(self, befallen: Service) -> bool:
+        """Somebody else of its kind is well."""
+        kind = befallen.name.partition("-")[0]
+        others = (s for n, s in self.services.items() if n.startswith(kind) and s is not befallen)
+        return any(self._well(other) for other in others)
+
     @staticmethod
     def _well(service: Service) -> bool:
         return service.alive and service.up and not service.frozen and not service.ends_expected

@@ -116,6 +116,7 @@ async def _storm(
     await processes.stop()
     what = [] if back else [f"not everybody came back within {SETTLE_S:g} s"]
     what += [*left, *processes.findings, *_history(processes.database)]
+    what += bad_lines(processes.folder)
     verdict = judge(load.streams, storm.done, questions, answers, decode)
     agreement = await asyncio.to_thread(_compare_unlike, verdict, storm, questions, oracle)
     slice_s = SLICE_TOKENS * token_s(load.streams)
@@ -274,6 +275,21 @@ async def _until_zero(client: httpx.AsyncClient, url: str, metric: str) -> float
         if not value or loop.time() > deadline:
             return value
         await asyncio.sleep(0.5)
+
+
+BAD_EVENTS = ("core_failed", "handler_failed", "undecodable", "Traceback")
+"""What no fault excuses: our own code failed, and nothing may have been lost by luck only."""
+
+
+def bad_lines(folder: Path) -> list[str]:
+    """How often each log has one, and the first."""
+    found = []
+    for log in sorted(folder.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        bad = [line for line in lines if any(event in line for event in BAD_EVENTS)]
+        if bad:
+            found.append(f"{len(bad)} bad lines in {log}, the first: {bad[0][-300:]}")
+    return found
 
 
 def _history(database: Path) -> list[str]:

@@ -18,7 +18,7 @@ SERVICES = ("worker", "leader", "standby", "estimator", "gateway-1", "gateway-2"
 MORTAL = ("worker", "leader", "standby", "estimator", "gateway-2")
 """Who may be killed: the streams of the gateway under observation must not end with it."""
 HEARTBEAT_S = 10.0
-"""The broker's (shared/bus/rabbit_line.py); it gives a silent client up after two of them."""
+"""The measure of the bound for a silent leader. Ours are shorter (shared/bus/rabbit_line.py)."""
 FIRST_S = 3.0
 """Some streams are under way by then."""
 LAST_QUIET_S = 6.0

@@ -68,6 +68,7 @@ class Storm:
                 service = await self._processes.find(fault.role, fault.worker)
         who = "broker" if fault.role == "broker" else service.name if service else ""
         done = Done(fault=fault, at=loop.time(), until=loop.time() + fault.lasts_s, who=who)
+        done.spare = service is None or self._processes.spare(service)
         self.done.append(done)
         self._tell(f"#{fault.number} {fault.text()}: {who or 'nobody is there'}")
         if fault.role == "broker":

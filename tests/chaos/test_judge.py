@@ -1,6 +1,7 @@
 """The judge sees what is lost, doubled, different or late, and nothing else."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +16,8 @@ from bench.chaos.judge import (
     recoveries,
 )
 from bench.chaos.questions import Answer, Ask, Question
+from bench.chaos.report import late
+from bench.chaos.run import bad_lines
 from bench.chaos.schedule import Fault
 
 IDS = tuple(range(10, 40))
@@ -152,3 +155,26 @@ def test_who_is_not_under_way_does_not_count() -> None:
 
 def test_a_fault_that_befell_nobody_has_no_recovery() -> None:
     assert recoveries([stream()], [done("kill", "worker", 2.0, who="")], slice_s=1.0) == ()
+
+
+def test_a_late_recovery_is_late_although_the_next_fault_met_it() -> None:
+    one = stream()
+    one.arrivals = [(1.0, 5), (9.5, 15)]
+    faults = [done("kill", "worker", 2.0), done("cut", "worker", 6.0, number=1)]
+    first, second = recoveries([one], faults, slice_s=1.0)
+    assert first.alone
+    assert len(late([first, second])) == 1
+
+
+def test_nobody_can_take_over_from_the_last_one() -> None:
+    fault = done("kill", "leader", 2.0)
+    fault.spare = False
+    (found,) = recoveries([stream()], [fault], slice_s=1.0)
+    assert found.bound_s == 0
+
+
+def test_what_our_code_says_of_its_own_failures_is_found(tmp_path: Path) -> None:
+    (tmp_path / "worker-1.1.log").write_text('{"event": "worker.ready"}\n')
+    (tmp_path / "scheduler-1.2.log").write_text('{"event": "scheduler.core_failed"}\n')
+    (said,) = bad_lines(tmp_path)
+    assert "scheduler-1.2.log" in said
