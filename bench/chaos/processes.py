@@ -210,7 +210,8 @@ class Processes:
     # --------------------------------------------------------------------------- who is who
 
     async def find(self, role: str, worker: int) -> Service | None:
-        """Who has this role and is well; None if nobody is. Another worker if that one is not."""
+        """Who has this role and is well; None if nobody is. Workers count from 1 in the order of
+        the KV that they hold now: a fault of an idle one shows nothing."""
         if role in ("leader", "standby"):
             leader = await self.leader()
             if leader is None:
@@ -221,9 +222,10 @@ class Processes:
             found = leader if role == "leader" else standby
             return found if self._well(found) else None
         if role == "worker":
-            numbers = [(worker + step - 1) % WORKERS + 1 for step in range(WORKERS)]
-            ones = [self.services[f"worker-{number}"] for number in numbers]
-            return next((one for one in ones if self._well(one)), None)
+            ones = [s for n, s in self.services.items() if n.startswith(role) and self._well(s)]
+            used = await self._gauges(ones, "tranche_kv_used_tokens")
+            ones.sort(key=lambda one: -used.get(one.name, 0.0))
+            return ones[min(worker, len(ones)) - 1] if ones else None
         service = self.services[role]
         return service if self._well(service) else None
 
@@ -235,17 +237,22 @@ class Processes:
 
     async def epochs(self) -> dict[str, int]:
         """What each scheduler that answers says of its epoch; 0: it stands by."""
-        found: dict[str, int] = {}
+        ones = [self.services[name] for name in ("scheduler-1", "scheduler-2")]
+        said = await self._gauges([s for s in ones if s.alive and not s.frozen], "tranche_epoch")
+        return {name: int(value) for name, value in said.items()}
+
+    @staticmethod
+    async def _gauges(services: Sequence[Service], name: str) -> dict[str, float]:
+        """A metric of each that answers, summed over its labels."""
+        found: dict[str, float] = {}
         async with httpx.AsyncClient(timeout=ASK_S) as client:
-            for name in ("scheduler-1", "scheduler-2"):
-                service = self.services[name]
-                if not service.alive or service.frozen:
-                    continue
+            for service in services:
                 with suppress(httpx.HTTPError):
-                    text = (await client.get(f"{service.url}/metrics")).text
-                    lines = text.splitlines()
-                    said = [line for line in lines if line.startswith("tranche_epoch ")]
-                    found[name] = int(float(said[0].split()[-1])) if said else 0
+                    lines = (await client.get(f"{service.url}/metrics")).text.splitlines()
+                    words = [
+                        line.split() for line in lines if line.startswith((name + " ", name + "{"))
+                    ]
+                    found[service.name] = sum(float(each[-1]) for each in words)
         return found
 
     def spare(self, befallen: Service) -> bool:

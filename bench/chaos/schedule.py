@@ -42,7 +42,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     role: str
     worker: int = 0
-    """Which one, where the role is `worker`."""
+    """Which one, where the role is `worker`: 1 is the one that holds most then."""
     lasts_s: float = 0.0
     """How long it is kept up; 0: an instant."""
     restart_s: float = 0.0
@@ -56,7 +56,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
     def text(self) -> str:
         """For people."""
-        who = f"worker-{self.worker}" if self.role == "worker" else self.role
+        who = f"worker (rank {self.worker})" if self.role == "worker" else self.role
         more = [f"{self.lasts_s:.1f} s"] if self.lasts_s else []
         more += [f"amount {self.amount:.3g}"] if self.amount else []
         more += ["one connection"] if self.one_line else []
@@ -144,7 +144,7 @@ def _fault(rng: Random, number: int, at_s: float, kind: Kind, role: str) -> Faul
         at_s=at_s,
         kind=kind.name,
         role=role,
-        worker=rng.randint(1, WORKERS) if role == "worker" else 0,
+        worker=rng.choice((1, 1, *range(1, WORKERS + 1))) if role == "worker" else 0,
         lasts_s=round(lasts_s, 2),
         restart_s=round(rng.uniform(*INSTANT_RESTART_S), 2) if mends else 0.0,
         amount=round(amount, 4),
