@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from services.scheduler.core.policies.chance import ChanceGate, Margin
+from services.scheduler.core.policies.chance import ChanceGate, Margin, Moments
 from services.scheduler.core.policies.lengths import LengthModel, prepare_lengths
 from services.scheduler.core.policies.members import Columns, Member, View
 from services.scheduler.core.policies.survival import kind_of
@@ -25,6 +25,7 @@ from sim.memory_only import (
     CAPACITY_TOKENS,
     PREFILL_TOKENS_MAX,
     QUIRKS,
+    Ints,
     Lengths,
     Progress,
     Run,
@@ -51,8 +52,6 @@ class Rules:
     """The margin to begin with; None: the core's."""
     classes: bool = True
     """Histories by prompt length, or by prediction; else one for all."""
-    censored: bool = True
-    """Those who run count as outputs that are not over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +101,10 @@ class _Entry(Waiting):
     kind: int = 0
 
 
+_Asked = tuple[LengthModel, tuple[int, ...], Ints, NDArray[np.bool_], Moments]
+"""Candidates and what they add, as long as neither they nor the history change."""
+
+
 class ChanceRun(Run):
     """The state between rounds; arrays as in `Run`, and more of them."""
 
@@ -123,7 +126,8 @@ class ChanceRun(Run):
         self.margin = Margin()
         if rules.z is not None:
             self.margin.z = rules.z
-        self._recomputed = self._overtaken_most = self._free = self._rounds_seen = 0
+        self._recomputed = self._overtaken_most = self._free = 0
+        self._asked: _Asked | None = None
         self._evicted_at: dict[int, int] = {}
         self._stalls: dict[int, int] = {}
 
@@ -229,9 +233,6 @@ class ChanceRun(Run):
 
     def round(self) -> None:
         """The head, and where it is refused those behind it."""
-        self._rounds_seen += 1
-        if self._rules.censored and self._rounds_seen % 20 == 0:
-            self._lengths = None
         gate = ChanceGate(self._chance_view())
         joined: list[_Entry] = []
         prefill, passed = 0, 0
@@ -275,11 +276,17 @@ class ChanceRun(Run):
     def _first_admitted(self, gate: ChanceGate, window: Sequence[_Entry], since: int) -> int | None:
         """The first from place `since` on, those before it having been refused by this gate."""
         tried = window[since:]
-        rows = np.array([(e.prompt, e.made, CAP_TOKENS, e.output, e.kind) for e in tried])
-        prompt, made, cap, output, kind = rows.T
-        candidates = Columns(prompt, made, cap, output, kind=kind)
-        needs = gate.needs(candidates, np.array([e.returning for e in tried]))
-        needs[rows[:, 0] + rows[:, 1] + self._rules.lease_tokens > self._free] = np.inf
+        model, numbers = self._model(), tuple(entry.number for entry in tried)
+        known = self._asked
+        if not len(self._made) or known is None or known[:2] != (model, numbers):
+            rows = np.array([(e.prompt, e.made, CAP_TOKENS, e.output, e.kind) for e in tried])
+            prompt, made, cap, output, kind = rows.T
+            returning = np.array([e.returning for e in tried])
+            moments = gate.moments(Columns(prompt, made, cap, output, kind=kind))
+            known = self._asked = (model, numbers, prompt + made, returning, moments)
+        _, _, held, returning, moments = known
+        needs = gate.needs(moments, returning)
+        needs[held + self._rules.lease_tokens > self._free] = np.inf
         fitting = np.flatnonzero(needs < self._capacity)
         if fitting.size:
             return since + int(fitting[0])
@@ -321,8 +328,7 @@ class ChanceRun(Run):
         if self._lengths is None:
             seen = np.array(self._history, dtype=np.int64)
             kinds = np.array(self._seen_kinds, dtype=np.int64) if self._rules.classes else None
-            going = self._made if self._rules.censored else None
-            self._lengths = prepare_lengths(seen, None, self._constants, kinds, going, self._kind)
+            self._lengths = prepare_lengths(seen, None, self._constants, kinds)
         return self._lengths
 
     def _chance_view(self) -> View:

@@ -77,6 +77,10 @@ class Margin:
         self.z = min(Z_MOST, max(Z_LEAST, self.z + step))
 
 
+Moments = tuple[Floats, Floats]
+"""Mean and variance of what requests (rows) hold at instants (columns)."""
+
+
 class ChanceGate:
     """The batch's mean and variance on the grid, to which candidates are added."""
 
@@ -100,7 +104,7 @@ class ChanceGate:
         self._ahead = self._survival.horizon(self._cap)
         self._mean, self._variance = np.zeros((2, len(self._ahead)))
         for members in self._members:
-            mean, variance = self._moments(members)
+            mean, variance = self.moments(members)
             self._mean += mean.sum(axis=0)
             self._variance += variance.sum(axis=0)
 
@@ -112,14 +116,12 @@ class ChanceGate:
 
     def need(self, candidate: Member) -> float:
         """The tokens that the batch would need with it, at the worst instant."""
-        returning = np.array((candidate.returning,))
-        return float(self.needs(columns((candidate,)), returning)[0])
+        moments = self.moments(columns((candidate,)))
+        return float(self.needs(moments, np.array((candidate.returning,)))[0])
 
-    def needs(self, candidates: Columns, returning: NDArray[np.bool_]) -> Floats:
-        """The same for each of several candidates alone; `returning` as of a Member."""
-        if candidates.cap.max(initial=0) > self._cap:
-            self._look_ahead(candidates.cap)
-        mean, variance = self._moments(candidates)
+    def needs(self, candidates: Moments, returning: NDArray[np.bool_]) -> Floats:
+        """The same with each of several candidates alone; `returning` as of a Member."""
+        mean, variance = candidates
         z = self._z - self._constants.chance_return_less * returning
         spread = np.sqrt(self._variance + variance)
         needs: Floats = (self._mean + mean + z[:, None] * spread).max(axis=1)
@@ -128,15 +130,17 @@ class ChanceGate:
     def add(self, candidate: Member) -> None:
         """It joins."""
         joined = columns((candidate,))
+        mean, variance = self.moments(joined)
         self._members.append(joined)
-        mean, variance = self._moments(joined)
         self._mean += mean[0]
         self._variance += variance[0]
         self._running += 1
 
-    def _moments(self, members: Columns) -> tuple[Floats, Floats]:
+    def moments(self, members: Columns) -> Moments:
         """Mean and variance of what each one holds (rows) at each instant (columns), in tokens;
         half of the last block of each is empty on average."""
+        if members.cap.max(initial=0) > self._cap:
+            self._look_ahead(members.cap)
         chance = self._survival.chances(members.reached, members.cap, members.kind, self._ahead)
         held = (members.prompt + members.reached)[:, None] + self._ahead
         if members.leased is not None:

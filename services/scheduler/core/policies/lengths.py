@@ -192,26 +192,16 @@ def prepare_lengths(
     censored: NDArray[np.bool_] | None,
     constants: Constants,
     kinds: Ints | None = None,
-    running: Ints | None = None,
-    running_kinds: Ints | None = None,
 ) -> LengthModel:
     """The model of output lengths, oldest first, of which `censored` ones are lower bounds; `kinds`
-    are the classes of the requests. `running`: what requests have made that are not over, which
-    are lower bounds too; for the survival function only (survival.py)."""
+    are the classes of the requests (survival.py)."""
     window = max(1, constants.history_window)
     recent = lengths[-window:]
     cut = censored[-window:] if censored is not None and constants.censored_open else None
     ordered = _seen(recent, cut)
 
     def survival() -> Survival:
-        return _survival(
-            recent,
-            cut,
-            kinds[-window:] if kinds is not None else None,
-            running,
-            running_kinds,
-            constants,
-        )
+        return _survival(recent, cut, kinds[-window:] if kinds is not None else None, constants)
 
     ends = min(window, constants.cold_start_ends or window)
     stand_ins = min(int(window * constants.cold_start_share), ends - len(recent))
@@ -232,26 +222,20 @@ def prepare_lengths(
 
 
 def _survival(
-    lengths: Ints,
-    censored: NDArray[np.bool_] | None,
-    kinds: Ints | None,
-    running: Ints | None,
-    running_kinds: Ints | None,
-    constants: Constants,
+    lengths: Ints, censored: NDArray[np.bool_] | None, kinds: Ints | None, constants: Constants
 ) -> Survival:
+    """With the weight of cut outputs on the longer ones, in each class by itself."""
     requests = len(lengths)
-    if running is not None and len(running):
-        told = censored if censored is not None else np.zeros(requests, dtype=np.bool_)
-        censored = np.concatenate((told, np.ones(len(running), dtype=np.bool_)))
-        lengths = np.concatenate((lengths, running))
-        if kinds is not None and running_kinds is not None:
-            kinds = np.concatenate((kinds, running_kinds))
-    by_kind: dict[int, Ints] = {}
-    for kind in np.unique(kinds).tolist() if kinds is not None else ():
-        mine = kinds == kind
-        by_kind[kind] = _seen(lengths[mine], censored[mine] if censored is not None else None)
-    whole, bounded = _seen(lengths, censored), constants.lengths_within_cap
-    return survival_of(whole, by_kind, requests, OPEN_END, bounded=bounded)
+    bounded = constants.lengths_within_cap
+    if censored is None or not censored.any():
+        return survival_of(lengths, kinds, requests, OPEN_END, bounded=bounded)
+    if kinds is None:
+        seen = _redistributed(lengths, censored)
+        return survival_of(seen, None, requests, OPEN_END, bounded=bounded)
+    parts = [(kind, kinds == kind) for kind in np.unique(kinds).tolist()]
+    seen = np.concatenate([_seen(lengths[mine], censored[mine]) for _, mine in parts])
+    sorts = np.repeat([kind for kind, _ in parts], [np.count_nonzero(mine) for _, mine in parts])
+    return survival_of(seen, sorts, requests, OPEN_END, bounded=bounded)
 
 
 def _seen(lengths: Ints, censored: NDArray[np.bool_] | None) -> Ints:

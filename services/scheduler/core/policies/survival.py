@@ -4,13 +4,13 @@ Theory of operation. G(l) counts the outputs of the history that were longer tha
 made g tokens makes t more with chance S(g, t) = (G(g + t) + tail) / (G(g) + 1): a running request
 is an observation that is not over, and what is longer than anything seen falls off as a power of
 the length. Classes have histories of their own, which shrink towards the whole one by so many
-outputs of it; a class is a range of prompt lengths or, where a prediction came with the request, of
-predicted outputs. While the history is short, outputs as long as each request's own limit stand
-in for it, and go as real ones come. Lengths are counted up to a fixed resolution, so
-that all is looked up in one table (rules: research notes on `tranche`, section 1).
+outputs of it; a class is a range of prompt lengths or, where a prediction came with the request,
+of predicted outputs. While the history is short, outputs that are uniform up to each request's own
+limit stand in for it, and go as real ones come; outputs that a limit cut are thought to end
+anywhere up to the request's own. Lengths are counted up to a fixed resolution, so that all is
+looked up in one table (rules: research notes on `tranche`, section 1).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,8 +27,8 @@ TAIL_TOKENS = 64
 SHRINKAGE = 20.0
 """Outputs of the whole history that count in each class."""
 STAND_INS = 20.0
-"""Outputs as long as the request's limit that an empty history begins with."""
-STAND_INS_END = 60
+"""Outputs, uniform up to the request's limit, that an empty history begins with."""
+STAND_INS_END = 200
 """Real outputs until which they fade away."""
 PROMPT_KINDS = 13
 PREDICTED_KINDS = 42
@@ -85,6 +85,8 @@ class Survival:
     _stand_ins: float
     _open: bool
     """Not few outputs are not known to end."""
+    _ends: Floats
+    """How many in each class; they are thought to end anywhere up to the request's limit."""
 
     def horizon(self, cap: int) -> Ints:
         """The grid of instants to look at for requests of at most this limit."""
@@ -95,7 +97,7 @@ class Survival:
 
     def chances(self, made: Ints, cap: Ints, kinds: Ints, ahead: Ints) -> Floats:
         """S(made, ahead) of each request (rows) at each instant (columns)."""
-        made = np.maximum(made, 0)
+        made, cap = np.maximum(made, 0), np.maximum(cap, 1)
         reach = made[:, None] + ahead
         at = np.minimum(reach // self._unit, self._width - 1)
         now = np.minimum(made // self._unit, self._width - 1)
@@ -103,12 +105,21 @@ class Survival:
         going = (made + TAIL_TOKENS)[:, None]
         tail = going / (going + ahead)
         longer, base = self._whole[at] + tail * tail, self._whole[now] + 1.0
+        mine, of_mine = self._classes[at + rows[:, None]], self._classes[now + rows]
         if self._stand_ins:
-            longer += self._stand_ins * (reach < cap[:, None])
-            base += self._stand_ins * (made < cap)
+            longer += self._stand_ins * np.maximum(0.0, 1 - reach / cap[:, None])
+            base += self._stand_ins * np.maximum(0.0, 1 - made / cap)
+        if self._open:
+            room = np.maximum(1, cap - self.longest)
+            over = np.clip((reach - self.longest) / room[:, None], 0, 1)
+            over_now = np.clip((made - self.longest) / room, 0, 1)
+            longer -= self._ends.sum() * over
+            base -= self._ends.sum() * over_now
+            mine = mine - self._ends[kinds][:, None] * over
+            of_mine = of_mine - self._ends[kinds] * over_now
         chance: Floats = longer * (SHRINKAGE / base)[:, None]
-        chance += self._classes[at + rows[:, None]]
-        chance /= (self._classes[now + rows] + SHRINKAGE)[:, None]
+        chance += mine
+        chance /= (of_mine + SHRINKAGE)[:, None]
         if self.bounded:
             chance[reach >= cap[:, None]] = 0.0
         return chance
@@ -123,37 +134,34 @@ class Survival:
 
 
 def survival_of(
-    whole: Ints, classes: Mapping[int, Ints], requests: int, open_end: int, *, bounded: bool
+    lengths: Ints, kinds: Ints | None, requests: int, open_end: int, *, bounded: bool
 ) -> Survival:
-    """From output lengths, all and by class; those of `open_end` are not known to end. `requests`:
-    how many they rest on."""
+    """From equally likely output lengths and their classes; those of `open_end` are not known to
+    end, and last as long as the request may. `requests`: how many finished ones they rest on."""
     open_end = min(open_end, LENGTH_MAX)
-    longest = int(whole[whole < open_end].max(initial=0))
+    longest = int(lengths[lengths < open_end].max(initial=0))
     unit = max(1, -(-(longest + 1) // RESOLUTION))
     width = longest // unit + 2
-    table = np.zeros((KINDS, width))
-    for kind, lengths in classes.items():
-        table[kind] = _longer(lengths, unit, width, open_end)
     stand_ins = STAND_INS * max(0.0, 1 - requests / STAND_INS_END)
-    open_count = int(np.count_nonzero(whole >= open_end))
+    open_count = int(np.count_nonzero(lengths >= open_end))
+    # What does not end is longer than the last step, which nothing known reaches.
+    steps = np.where(lengths < open_end, lengths // unit, width)
+    at = np.minimum(steps, width)
+    rows = kinds if kinds is not None else np.zeros(len(lengths), dtype=np.int64)
+    counts = np.bincount(rows * (width + 1) + at, minlength=KINDS * (width + 1))
+    table = counts.reshape(KINDS, width + 1)
+    longer = table.sum(axis=1, keepdims=True) - np.cumsum(table, axis=1)[:, :width]
     return Survival(
         longest=longest,
         bounded=bounded,
         _unit=unit,
-        _whole=_longer(whole, unit, width, open_end),
-        _classes=table.ravel(),
+        _whole=longer.sum(axis=0).astype(np.float64),
+        _classes=(longer if kinds is not None else 0 * longer).astype(np.float64).ravel(),
         _width=width,
         _stand_ins=stand_ins,
-        _open=stand_ins > 0 or open_count > OPEN_SHARE * len(whole),
+        _open=stand_ins > 0 or open_count > OPEN_SHARE * len(lengths),
+        _ends=table[:, width].astype(np.float64),
     )
-
-
-def _longer(lengths: Ints, unit: int, width: int, open_end: int) -> Floats:
-    """How many are longer than each step; those that are not known to end are always longer."""
-    known = lengths[lengths < open_end]
-    counts = np.bincount(np.minimum(known // unit, width - 1), minlength=width)
-    longer: Floats = (len(lengths) - np.cumsum(counts)).astype(np.float64)
-    return longer
 
 
 def _ints(values: tuple[int, ...]) -> Ints:
