@@ -8,6 +8,7 @@ gateway that was killed or told to end is counted apart, by what ended it.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 import msgspec
@@ -21,6 +22,8 @@ GATEWAY_END_S = 40.0
 GATEWAY_NOTICED_S = 0.5
 """A client may still connect to it for so long."""
 WORKER_BOUND_S = 2.0
+CAUSED_S = 4.0
+"""A pause that begins so soon after a fault, or its end, is held to be its doing."""
 LEADER_KILLED_S = 3.0
 LEADER_SILENT_S = 2 * HEARTBEAT_S + 3.0
 
@@ -55,7 +58,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     number: int
     pause_s: float
-    """The longest time from the fault to the next token of a stream that was under way."""
+    """The longest time without a token, from the fault on, of a stream that was under way."""
     streams: int
     """That were under way."""
     alone: bool
@@ -153,17 +156,18 @@ def recoveries(
             continue
         later = faults[place + 1].at if place + 1 < len(faults) else float("inf")
         earlier_until = max((d.until for d in faults[:place]), default=float("-inf"))
-        pauses = [pause for s in streams if (pause := pause_s(s, done)) is not None]
-        longest = max(pauses, default=0.0)
+        felt = [pause for s in streams if (pause := pause_of(s, done, later)) is not None]
+        longest, ended_at = max(felt, default=(0.0, done.at))
         bound = bound_s(done.fault, slice_s) if done.spare else 0.0
-        judged_by = done.at + (min(longest, bound) if bound else longest)
+        began_at = ended_at - longest
+        judged_by = began_at + (min(longest, bound) if bound else longest)
         found.append(
             Recovery(
                 kind=done.fault.kind,
                 role=done.fault.role,
                 number=done.fault.number,
                 pause_s=longest,
-                streams=len(pauses),
+                streams=len(felt),
                 alone=judged_by <= later and earlier_until <= done.at,
                 bound_s=bound,
             )
@@ -171,16 +175,26 @@ def recoveries(
     return tuple(found)
 
 
-def pause_s(stream: Stream, done: Done) -> float | None:
-    """From the fault to the stream's next token; None if it was not under way, or read slowly, or
-    ended otherwise than it should."""
+def pause_of(stream: Stream, done: Done, later: float) -> tuple[float, float] | None:
+    """The longest time without a token that the fault may have caused, and its end: it was under
+    way at the fault, or began soon after it, since a lease goes on for a while without a leader.
+
+    None if the stream was not under way, or is read slowly, or ended otherwise than it should.
+    """
     if stream.ask.style != "plain" or stream.outcome != "complete":
         return None
     if not stream.arrivals or not stream.arrivals[0][0] < done.at < stream.arrivals[-1][0]:
         return None
     if stream.ask.gateway != 1 and done.who == f"gateway-{stream.ask.gateway}":
         return None
-    return next(at for at, _ in stream.arrivals if at >= done.at) - done.at
+    begins_by = min(later, done.until + CAUSED_S)
+    times = [at for at, _ in stream.arrivals]
+    gaps = [
+        (end - max(begin, done.at), end)
+        for begin, end in pairwise(times)
+        if end >= done.at and begin < begins_by
+    ]
+    return max(gaps)
 
 
 def bound_s(fault: Fault, slice_s: float) -> float:

@@ -59,7 +59,9 @@ def recovery_table(runs: Sequence[Run]) -> Table:
     for run in runs:
         for one in run.recoveries:
             rows[one.kind, one.role].append(one)
-    table = Table(title="From a fault to the next token of the stream that waited longest")
+    table = Table(
+        title="The longest time without a token, of a stream that was under way at the fault"
+    )
     for name in ("fault", "on", "done", "alone", "p50 s", "max s", "bound s", "beyond"):
         table.add_column(name, justify="left" if name in ("fault", "on") else "right")
     for (kind, role), ones in sorted(rows.items()):

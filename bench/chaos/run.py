@@ -117,6 +117,7 @@ async def _storm(
     what = [] if back else [f"not everybody came back within {SETTLE_S:g} s"]
     what += [*left, *processes.findings, *_history(processes.database)]
     what += bad_lines(processes.folder)
+    (processes.folder / "streams.json").write_bytes(msgspec.json.encode(load.streams))
     verdict = judge(load.streams, storm.done, questions, answers, decode)
     agreement = await asyncio.to_thread(_compare_unlike, verdict, storm, questions, oracle)
     slice_s = SLICE_TOKENS * token_s(load.streams)

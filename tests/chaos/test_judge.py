@@ -178,3 +178,15 @@ def test_what_our_code_says_of_its_own_failures_is_found(tmp_path: Path) -> None
     (tmp_path / "scheduler-1.2.log").write_text('{"event": "scheduler.core_failed"}\n')
     (said,) = bad_lines(tmp_path)
     assert "scheduler-1.2.log" in said
+
+
+def test_a_pause_that_begins_soon_after_the_fault_is_its_doing() -> None:
+    """The lease goes on for a while; what comes much later is something else."""
+    soon, much_later = stream(), stream()
+    soon.arrivals = [(1.0, 5), (2.5, 5), (8.5, 10)]
+    much_later.arrivals = [(0.5 * n, 1) for n in range(1, 20)] + [(20.0, 1)]
+    fault = done("freeze", "leader", 2.0)
+    (found,) = recoveries([soon], [fault], slice_s=1.0)
+    assert found.pause_s == 6.0
+    (found,) = recoveries([much_later], [fault], slice_s=1.0)
+    assert found.pause_s == 0.5
