@@ -84,6 +84,7 @@ def _link(paths: dict[str, Any]) -> None:
     """What an answer is good for next: tools follow these links from call to call."""
     listing, one = paths["/v1/models"]["get"], paths["/v1/models/{model_id}"]["get"]
     served, used = "$response.body#/data/0/id", "$response.body#/model"
+    prompts: tuple[dict[str, Any], ...]
     prompts = ({"prompt": "ROMEO:"}, {"messages": [{"role": "user", "content": "Good morrow!"}]})
     links = {"model": _to(one, parameters={"model_id": served})}
     for (path, kind), prompt in zip(BODIES.items(), prompts, strict=True):
