@@ -55,7 +55,7 @@ def test_the_mesh_is_complete() -> None:
     assert all(SERVICES[name]["profiles"] == ["observability"] for name in observability)
 
 
-@pytest.mark.parametrize("name", SERVICES.keys() - {"accounts"})
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - {"accounts"}))
 def test_every_service_is_watched_limited_and_stopped_gently(name: str) -> None:
     service = SERVICES[name]
     assert service["healthcheck"]["test"][0] == "CMD"
