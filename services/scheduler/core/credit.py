@@ -43,7 +43,7 @@ class Credit:
 
     def take(self, request: Request, until: int) -> None:
         """A new lease here."""
-        request.until = until
+        request.until, request.listed = until, 0
         request.blocks = self.blocks_for(request, until)
         request.first_token = False
         request.backlog_tokens = request.input_tokens

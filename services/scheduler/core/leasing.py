@@ -130,7 +130,7 @@ def _renew(books: Books, worker: Worker, round_: _Round) -> None:
         until = _affordable(worker, request, wanted, capacity)
         if until > request.until:
             _grant(worker, request, until, round_)
-        elif request.until <= request.output_tokens:
+        elif request.until <= max(request.output_tokens, request.listed):
             _make_room(books, worker, round_.now)
             return
 

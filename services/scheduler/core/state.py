@@ -113,6 +113,9 @@ class Request:
     """With early binding: the worker in whose line it waits."""
     until: int = 0
     """Leased: output position up to which it may go on."""
+    listed: int = 0
+    """Leased: how far its worker said that it has come, when that was more than the tokens we have:
+    a new leader learns of a lease that is used up before it learns the tokens."""
     blocks: int = 0
     """Leased: KV blocks of its worker that its lease reserves."""
     backlog_tokens: int = 0

@@ -246,6 +246,7 @@ def _compare_lease(books: Books, worker: Worker, resident: Resident) -> None:
         pass  # it rests there until its client has caught up
     elif resident.position >= resident.until and request.state is State.PLACED:
         # Should tokens be missing too, its next report does not meet ours, and it is recalled.
+        request.listed = resident.position
         worker.credit.wanting[request.request_id] = request
         books.touch(worker)
 

@@ -35,7 +35,7 @@ class Ranked:
         rank = self._rank(request, now)
         victim = not rank[1]
         if self._home.get(request.request_id, rank) != rank:
-            self.remove(request)
+            self._take_out(request)
         if rank not in self._lanes:
             self._lanes[rank] = Sorted(_latest_victim_first) if victim else self._lane()
             insort(self._ranks, rank)
@@ -43,6 +43,10 @@ class Ranked:
         self._lanes[rank].push(request)
 
     def remove(self, request: Request) -> None:
+        self._take_out(request)
+
+    def _take_out(self, request: Request) -> None:
+        """Of its rank. Whoever only changes ranks has not left the queue."""
         rank = self._home.pop(request.request_id, None)
         if rank is None:
             return
