@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-import msgspec
+from bench.stream_request import stream_request
 
 IDS = re.compile(rb'"token_ids":\[([0-9,]+)\]')
 DONE = b"data: [DONE]\n"
@@ -106,7 +106,7 @@ class Crowd:
                 line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
             line.settimeout(10)
             line.connect((parts.hostname, parts.port))
-            line.sendall(self._request(visit.tokens))
+            line.sendall(stream_request(self.model, visit.tokens, closes=True))
             line.setblocking(False)
         except OSError:
             line.close()
@@ -139,22 +139,6 @@ class Crowd:
             self._close(one, "open")
 
     # ------------------------------------------------------------------------------- reading
-
-    def _request(self, tokens: int) -> bytes:
-        body = msgspec.json.encode(
-            {
-                "model": self.model,
-                "prompt": list(range(10, 26)),
-                "max_tokens": tokens,
-                "ignore_eos": True,
-                "seed": 1,
-                "stream": True,
-                "return_token_ids": True,
-            }
-        )
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: crowd\r\ncontent-length: {len(body)}\r\n"
-        head += "connection: close\r\ncontent-type: application/json\r\n\r\n"
-        return head.encode() + body
 
     def _read(self, one: _Line, most: int) -> None:
         try:

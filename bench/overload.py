@@ -34,6 +34,7 @@ from bench.arrivals import Arrivals
 from bench.crowd import Crowd, Visit
 from bench.small_mesh import DEMO_MODEL, Rss, Size, messages_left, rss_now
 from bench.swarm.mesh import SwarmMesh, swarm_mesh
+from bench.verdict import conclude
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = Path(".run/overload")
@@ -340,19 +341,12 @@ def main(
     result = overload(
         Size(workers=workers, rate=rate, policy=policy), seconds, rounds, seed, console
     )
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"overload-{datetime.now(UTC):%Y-%m-%d-%H%M}.json"
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    console.print(table(result))
-    console.print(
+    said = (
         f"goodput at {OVERLOAD:g}x: {result.goodput_share:.1%} of the best; Retry-After off by "
         f"{result.retry_error:.0%} (median); memory {result.growth}; {result.outcomes}; "
-        f"generator late by {result.generator_late_s:.2f} s at most; figures: {file}"
+        f"generator late by {result.generator_late_s:.2f} s at most"
     )
-    for failure in result.failures:
-        console.print(f"[red]{failure}[/red]")
-    if result.failures:
-        raise typer.Exit(1)
+    conclude("overload", result, results, console, table(result), said)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from bench.arrivals import Arrivals
 from bench.crowd import Crowd, Visit
 from bench.small_mesh import DEMO_MODEL, Rss, Size, gateway_gauge, messages_left, rss_now
 from bench.swarm.mesh import SwarmMesh, swarm_mesh
+from bench.verdict import conclude
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = Path(".run/soak")
@@ -270,19 +271,12 @@ def main(
     console = Console()
     size = Size(workers=workers, rate=rate, policy=policy)
     result = soak(size, minutes, load, seed, console)
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"soak-{datetime.now(UTC):%Y-%m-%d-%H%M}.json"
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    console.print(table(result))
-    console.print(
+    said = (
         f"visits {result.visits} by {result.clients} clients; oldest {result.oldest_s:.0f} s; "
         f"paused for slow readers {result.slow_paused:g} times; generator late by "
-        f"{result.generator_late_s:.2f} s at most; figures: {file}"
+        f"{result.generator_late_s:.2f} s at most"
     )
-    for failure in result.failures:
-        console.print(f"[red]{failure}[/red]")
-    if result.failures:
-        raise typer.Exit(1)
+    conclude("soak", result, results, console, table(result), said)
 
 
 if __name__ == "__main__":

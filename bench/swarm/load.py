@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from bench.stream_request import stream_request
+
 IDS = re.compile(rb'"token_ids":\[([0-9,]+)\]')
 DONE = b"data: [DONE]\n"
 RESPONSE_END = b"0\r\n\r\n"
@@ -165,24 +167,9 @@ class Load:
         self._waiting += 1
         self._under_way += 1
         try:
-            stream.line.send(self._request(stream.wanted))
+            stream.line.send(stream_request(self.model, stream.wanted))
         except OSError:
             self._lost(stream)
-
-    def _request(self, tokens: int) -> bytes:
-        body = msgspec.json.encode(
-            {
-                "model": self.model,
-                "prompt": list(range(10, 26)),
-                "max_tokens": tokens,
-                "ignore_eos": True,
-                "seed": 1,
-                "stream": True,
-                "return_token_ids": True,
-            }
-        )
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: swarm\r\ncontent-length: {len(body)}\r\n"
-        return head.encode() + b"content-type: application/json\r\n\r\n" + body
 
     # ------------------------------------------------------------------------------- reading
 

@@ -67,6 +67,7 @@ def add_choices(
         if request.seed is None:  # equal prompts of one call shall differ, unless a seed is given
             sampling = msgspec.structs.replace(sampling, seed=(drawn_seed + number) & SEED_MASK)
         packed = pack(prompt.ids)
+        guess = request.predicted_output_tokens
         for choice_index in range(request.n):
             index = len(call.choices)
             spec = RequestSpec(
@@ -84,6 +85,7 @@ def add_choices(
                 stream=request.stream,
                 ttft_deadline_ms=wishes.ttft_deadline_ms,
                 deadline_ms=wishes.deadline_ms,
+                predicted_output_tokens=None if guess is None else min(guess, max_tokens),
                 trace=call.trace,
             )
             transcript = Transcript(

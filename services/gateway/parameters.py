@@ -110,6 +110,13 @@ class Parameters(Body):
     priority: Annotated[int, default_for_null(0)] = Field(
         default=0, ge=-(2**31), lt=2**31, description="Lower is served first."
     )
+    predicted_output_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=TOKEN_ID_MAX,
+        description="Your guess of the output's length: a hint for policies that use "
+        "it (`tranche`); it cuts nothing.",
+    )
     request_id: str | None = Field(
         default=None, max_length=128, description="Used in the answer's id and in logs."
     )

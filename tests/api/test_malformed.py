@@ -50,6 +50,7 @@ FIELDS = (
     *("stop", "user", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos"),
     *("stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "logprobs"),
     *("allowed_token_ids", "truncate_prompt_tokens", "priority", "request_id", "best_of"),
+    "predicted_output_tokens",
     *("return_token_ids", "tools", "tool_choice", "response_format", "prompt_logprobs"),
     *("stream_options", "suffix", "top_logprobs", "add_generation_prompt", "modalities"),
     *("continue_final_message", "chat_template", "chat_template_kwargs", "documents"),

@@ -175,6 +175,7 @@ async def test_the_order_says_all_that_was_asked(stage: Stage) -> None:
         "stop_token_ids": [44],
         "allowed_token_ids": [44, 45],
         "priority": -2,
+        "predicted_output_tokens": 500,
         "stream": True,
     }
     answer = await stage.client.post("/v1/completions", json=body)
@@ -187,6 +188,7 @@ async def test_the_order_says_all_that_was_asked(stage: Stage) -> None:
     assert {(s.max_tokens, s.priority, s.stream, s.endpoint) for s in specs} == {
         (11, -2, True, "completions")
     }
+    assert {s.predicted_output_tokens for s in specs} == {11}, "no more than may come"
     expected = Sampling(
         temperature=0.5,
         top_p=0.25,

@@ -6,7 +6,7 @@ goes on while its lease lasts; everything else ends its placement and gives its 
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
-from services.scheduler.core.leasing import margin_tokens
+from services.scheduler.core.renewing import margin_tokens
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
 from shared.messages import SliceResult

@@ -1,18 +1,12 @@
-"""A round of leases: who goes on, who has to stop, who joins.
+"""A round of leases: who joins, when everybody who is there can go on (`renewing.py`).
 
-Renewal is the rule: whoever has little left of its lease gets the next one, in the order of
-admission, as long as blocks are free. Where none are, the preset's victim is parked: its lease
-ends, its blocks come back with the worker's answer, and it waits again, first in its line. Only
-when everybody here can go on does anybody join: the head of the line, if the preset's gate admits
-it and its first lease can be reserved. A refused head is overtaken by nobody, or, with
-`backfill_max`, by few and not often.
+That is the head of the line, if the preset's gate admits it and its first lease can be reserved. A
+refused head is overtaken by nobody, or, with `backfill_max`, by few and not often.
 
 A round looks only at workers where something changed, and a head that a worker refused is not
 tried there again before something changes. What is left of a long round is done at the next
 wake-up.
 """
-
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,49 +15,27 @@ from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.balancing import BALANCERS
 from services.scheduler.core.policies.future import Future
-from services.scheduler.core.policies.gates import GATES, SURE_SHARE, Gate
+from services.scheduler.core.policies.gates import GATES, SURE_SHARE
 from services.scheduler.core.policies.members import Member, View, columns
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
-from services.scheduler.core.policies.victims import VICTIMS
+from services.scheduler.core.renewing import Round, margin_tokens, remind, renew
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
-from shared.messages import Renewal, RunSlice, SliceOrder
+from shared.messages import RunSlice, SliceOrder
 
 FORESEEING = frozenset({"least-predicted-peak", "max-min"})
 """Balancers that want to know what a worker's leases will still need."""
 
 
-@dataclass(slots=True)
-class _Outgoing:
-    """What one worker is told in this round."""
-
-    orders: list[SliceOrder] = field(default_factory=list)
-    renewals: list[Renewal] = field(default_factory=list)
-    batch_id: str = ""
-
-
-@dataclass(slots=True)
-class _Round:
-    """One round in the making."""
-
-    now: float
-    outgoing: dict[str, _Outgoing] = field(default_factory=dict)
-    gates: dict[str, Gate] = field(default_factory=dict)
-    tests_left: int = 0
-
-    def to(self, worker: Worker) -> _Outgoing:
-        return self.outgoing.setdefault(worker.info.worker, _Outgoing())
-
-
 def lease_round(books: Books, now: float) -> None:
     """Renew, park and admit wherever something changed since the last round."""
-    round_ = _Round(now, tests_left=books.constants.gate_tests_max)
+    round_ = Round(now, tests_left=books.constants.gate_tests_max)
     _rested(books, now)
     touched, books.touched = books.touched, {}
-    _remind(books, round_)
+    remind(books, round_)
     workers = [w for w in map(books.workers.active.get, touched) if w is not None]
     for worker in workers:
-        _renew(books, worker, round_)
+        renew(books, worker, round_)
         if books.preset.offloading in FORESEEING:
             _foresee(books, worker)
     if books.lines.early:
@@ -100,94 +72,13 @@ def _foresee(books: Books, worker: Worker) -> None:
     books.board.foresee(worker, peak_tokens=peak, busy_s=busy_s)
 
 
-def _next_round_at(books: Books, round_: _Round) -> float | None:
+def _next_round_at(books: Books, round_: Round) -> float | None:
     """When a round is due although nothing happens: the rest of a long one, or a rest's end."""
     if round_.tests_left <= 0:
         return round_.now + books.constants.round_rest_s
     if not books.requests.pool:
         return None
     return books.board.rested_at(round_.now)
-
-
-# ------------------------------------------------------------------------------------- renewals
-
-
-def _renew(books: Books, worker: Worker, round_: _Round) -> None:
-    """The next leases of those who asked, as far as blocks are free. A worker that leaves renews
-    nothing: it gives back who has used up its lease."""
-    if worker.draining:
-        return
-    credit = worker.credit
-    capacity = credit.capacity_blocks(worker.memory.kv_tokens_capacity)
-    for request in list(credit.wanting.values()):
-        if request.state is not State.PLACED or request.paused:
-            credit.wanting.pop(request.request_id, None)
-            continue
-        lease = _lease_tokens(books, worker, request, capacity)
-        tokens = min(lease, _fair_share(worker, capacity))
-        wanted = min(request.until + tokens, request.spec.max_tokens)
-        wanted = credit.rounded(request, wanted)
-        until = _affordable(worker, request, wanted, capacity)
-        if until > request.until:
-            _grant(worker, request, until, round_)
-        elif request.until <= max(request.output_tokens, request.listed):
-            _make_room(books, worker, round_.now)
-            return
-
-
-def _lease_tokens(books: Books, worker: Worker, request: Request, capacity_blocks: int) -> int:
-    """The pacing's answer; longer while memory is ample, since then it is nobody else's loss."""
-    constants = books.constants
-    tokens = LEASE_PACINGS[books.preset.pacing](request.output_tokens, constants)
-    ample = constants.ample_slice_tokens
-    if ample > tokens and worker.credit.blocks < (1 - constants.ample_share) * capacity_blocks:
-        return ample
-    return tokens
-
-
-def _fair_share(worker: Worker, capacity_blocks: int) -> int:
-    """What is free, divided among all who run: so that with little memory left none holds credit
-    that another needs now, and nobody is parked while others sit on unused leases."""
-    credit = worker.credit
-    free = (capacity_blocks - credit.blocks) * credit.block_tokens
-    return max(credit.block_tokens, free // max(1, len(credit.leases)))
-
-
-def _affordable(worker: Worker, request: Request, wanted: int, capacity: int) -> int:
-    """The furthest position up to `wanted` for which blocks are free."""
-    credit = worker.credit
-    free = capacity - credit.blocks
-    if credit.blocks_for(request, wanted) - request.blocks <= free:
-        return wanted
-    slots = (request.blocks + max(0, free)) * credit.block_tokens
-    return min(wanted, slots - request.prompt_tokens + 1)
-
-
-def _grant(worker: Worker, request: Request, until: int, round_: _Round) -> None:
-    worker.credit.extend(request, until)
-    renewal = Renewal(request_id=request.request_id, attempt=request.attempt, until=until)
-    round_.to(worker).renewals.append(renewal)
-
-
-def _make_room(books: Books, worker: Worker, now: float) -> None:
-    """Park somebody, unless blocks are coming back already; the others wait for them."""
-    credit = worker.credit
-    running = [r for r in credit.leases.values() if r.state is State.PLACED]
-    if running and credit.parking_blocks <= 0:
-        victim = VICTIMS[books.preset.victim](running, books.lengths, books.constants)
-        moves.park(books, victim, now)
-
-
-def _remind(books: Books, round_: _Round) -> None:
-    """Leases that a worker seems not to know of are said again."""
-    reminded, books.reminded = books.reminded, {}
-    for request in reminded.values():
-        worker = books.workers.active.get(request.worker)
-        if worker is not None and request.state is State.PLACED:
-            renewal = Renewal(
-                request_id=request.request_id, attempt=request.attempt, until=request.until
-            )
-            round_.to(worker).renewals.append(renewal)
 
 
 # ------------------------------------------------------------------------------------ admission
@@ -223,7 +114,7 @@ def _pick(books: Books, request: Request, eligible: IntArray) -> int:
     return int(balance(gauges, need, eligible, books.rounds.turn, books.draws, books.constants))
 
 
-def _admit_from_line(books: Books, worker: Worker, round_: _Round) -> None:
+def _admit_from_line(books: Books, worker: Worker, round_: Round) -> None:
     """Early binding: from the worker's own line, in its order, until one is refused."""
     line = worker.line
     while line is not None and round_.tests_left > 0:
@@ -238,7 +129,7 @@ def _admit_from_line(books: Books, worker: Worker, round_: _Round) -> None:
         books.touched[worker.info.worker] = None
 
 
-def _admit_from_centre(books: Books, round_: _Round) -> None:
+def _admit_from_centre(books: Books, round_: Round) -> None:
     """Late binding: the head of the one line to the best worker that admits it, until there is a
     head that nobody admits."""
     line = books.lines.central
@@ -252,7 +143,7 @@ def _admit_from_centre(books: Books, round_: _Round) -> None:
         _fill_up(books, round_)
 
 
-def _fill_up(books: Books, round_: _Round) -> None:
+def _fill_up(books: Books, round_: Round) -> None:
     """Behind a refused head: whoever of the next few fits, but nobody behind one that has been
     overtaken too often."""
     constants = books.constants
@@ -267,7 +158,7 @@ def _fill_up(books: Books, round_: _Round) -> None:
             return
 
 
-def _admit_somewhere(books: Books, request: Request, round_: _Round) -> bool:
+def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
     constants, board = books.constants, books.board
     need = request.input_tokens + _first_lease(books, request) - 1
     eligible = board.with_room(
@@ -315,7 +206,7 @@ def _first_lease(books: Books, request: Request) -> int:
     return min(lease(request.output_tokens, books.constants), request.remaining_tokens)
 
 
-def _admits(books: Books, worker: Worker, request: Request, round_: _Round) -> bool:
+def _admits(books: Books, worker: Worker, request: Request, round_: Round) -> bool:
     """Whether the gate lets it in. A worker with nothing to do refuses nobody: waiting would not
     make room."""
     if not worker.credit.leases:
@@ -364,7 +255,7 @@ def _member(books: Books, request: Request, made: int) -> Member:
     )
 
 
-def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> None:
+def _place(books: Books, worker: Worker, request: Request, round_: Round) -> None:
     """It joins: an attempt, a first lease, an order."""
     out, now = round_.to(worker), round_.now
     if not out.batch_id:
@@ -395,13 +286,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: _Round) -> No
 # --------------------------------------------------------------------------------------- orders
 
 
-def margin_tokens(books: Books) -> int:
-    """With so little left of a lease a worker reports, and the next one is granted."""
-    constants = books.constants
-    return max(1, round(constants.lease_margin_share * constants.slice_tokens))
-
-
-def _send(books: Books, round_: _Round) -> None:
+def _send(books: Books, round_: Round) -> None:
     constants = books.constants
     for name, out in round_.outgoing.items():
         if not out.batch_id:

@@ -8,7 +8,7 @@ slow reader stands in no line. Nothing is lost: it goes on from its tokens.
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
-from services.scheduler.core.leasing import margin_tokens
+from services.scheduler.core.renewing import margin_tokens
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
 from shared.messages import Reading

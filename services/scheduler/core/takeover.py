@@ -9,7 +9,7 @@ beside a new one; workers drop what nobody claims.
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books, Claim, adopted_batch_id
 from services.scheduler.core.draws import Draws
-from services.scheduler.core.leasing import margin_tokens
+from services.scheduler.core.renewing import margin_tokens
 from services.scheduler.core.state import Cause, Request, State
 from services.scheduler.core.workers import Batch, Worker
 from shared.messages import Drop
