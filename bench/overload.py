@@ -328,7 +328,9 @@ def _middle(errors: Sequence[float | None]) -> float | None:
 
 def main(
     seconds: Annotated[float, typer.Option(help="Of each phase, after settling.")] = 60.0,
-    rounds: Annotated[int, typer.Option(help="Of once and three times the rate.")] = 4,
+    rounds: Annotated[
+        int, typer.Option(min=2, help="Of once and three times the rate; memory is compared.")
+    ] = 4,
     workers: Annotated[int, typer.Option(help="Pretended workers.")] = 4,
     rate: Annotated[float, typer.Option(help="Tokens per second and stream.")] = 8.0,
     policy: str = "past-future",

@@ -95,7 +95,7 @@ def _store_typed(x, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _fetch(_context, address):  # type: ignore[no-untyped-def]
+def fetch(_context, address):  # type: ignore[no-untyped-def]
     """Have the cache line at this address brought near, without waiting for it."""
 
     def generate(context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
@@ -112,7 +112,7 @@ def _fetch(_context, address):  # type: ignore[no-untyped-def]
 @njit(**OPTIONS)
 def _fetch_slot(address, slot_bytes):  # type: ignore[no-untyped-def]
     for line in range(0, slot_bytes, CACHE_LINE):
-        _fetch(address + line)
+        fetch(address + line)
 
 
 @njit(**OPTIONS)
