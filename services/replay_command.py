@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from services.scheduler.core.explain import story
 from services.scheduler.core.presets import UnknownPreset
 from services.scheduler.core.replay import (
     BadJournal,
@@ -12,6 +13,7 @@ from services.scheduler.core.replay import (
     cut_at,
     replay as replay_journal,
 )
+from shared.bus.identity import public_id
 from shared.config import SetupError
 from shared.messages import RunSlice, SchedulerCommand
 
@@ -32,6 +34,13 @@ def replay(
             "first have acted otherwise?"
         ),
     ] = "",
+    request: Annotated[
+        str,
+        typer.Option(
+            help="Tell the story of this request instead: why it waited, where it was placed and "
+            "why, and what had been predicted. The beginning of its id is enough."
+        ),
+    ] = "",
 ) -> None:
     """Run the recorded events through the core; exit code 3 at the first different decision.
 
@@ -42,6 +51,9 @@ def replay(
     except OSError as error:
         raise SetupError(f"{file}: {error.strerror}; give the file of a journal") from error
     try:
+        if request:
+            _tell(data, request)
+            return
         steps, difference = replay_journal(data, policy or None)
     except (BadJournal, UnknownPreset) as error:
         raise SetupError(f"{file}: {error}") from error
@@ -53,6 +65,13 @@ def replay(
         return
     typer.echo(described(difference))
     raise typer.Exit(DIFFERENT_EXIT_CODE)
+
+
+def _tell(data: bytes, request_id: str) -> None:
+    lines = story(data, request_id)
+    if not lines:
+        raise SetupError(f"the journal knows no request {request_id!r}; give the begin of an id")
+    typer.echo(public_id("\n".join(lines)))
 
 
 def described(difference: Difference) -> str:

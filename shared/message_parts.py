@@ -17,6 +17,21 @@ Form = Literal["closed", "leased"]
 one request in a batch that is continuous at iteration level."""
 
 
+Came = Literal["new", "returned", "evicted", "refused", "resumed"]
+"""How a request came to wait: `new`; `returned` at the end of its slice; `evicted` for want of
+memory; `refused` by a worker; `resumed` after its worker or its tokens had been lost."""
+
+WaitsFor = Literal["turn", "memory", "room", "prefill", "places", "workers", "reader"]
+"""What a request waits for. `turn`: others are before it. `memory`: admission predicts that no
+worker's memory would last. `room`: no worker has blocks for its first lease. `prefill`: every
+worker with room has enough prefill queued. `places`: all run as many requests as they may.
+`workers`: none takes orders. `reader`: its client is behind with reading."""
+
+AdmittedBy = Literal["dealt", "idle", "sure", "gate"]
+"""Why a request was placed. `dealt`: as one of a closed batch. `idle`: its worker had nothing to
+do. `sure`: memory lasts even if everybody makes as much as they may. `gate`: by prediction."""
+
+
 class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a message; never sent alone."""
 
@@ -109,6 +124,28 @@ class TokenRun(Value, frozen=True, kw_only=True, array_like=True):
     """Why, if the reason is `error`."""
 
 
+class Why(Value, frozen=True, kw_only=True, array_like=True):
+    """Why a request waited and was placed: for traces and journals; nobody acts on it. Figures are
+    0 where nothing was predicted."""
+
+    came: Came = "new"
+    waited_for: WaitsFor = "turn"
+    """Last."""
+    admitted_by: AdmittedBy = "dealt"
+    overtaken: int = 0
+    """How often one behind it was placed in its stead."""
+    needed_tokens: int = 0
+    """KV that its worker's batch will need with it, as admission predicts,"""
+    room_tokens: int = 0
+    """and what there is for it."""
+    start_s: float = 0.0
+    """When its first token was predicted, from its arrival on."""
+    output_tokens: int = 0
+    """How long its output was predicted."""
+    moved: bool = False
+    """Another worker had it before."""
+
+
 class SliceOrder(Value, frozen=True, kw_only=True):
     """One request's share of a `RunSlice`."""
 
@@ -122,6 +159,7 @@ class SliceOrder(Value, frozen=True, kw_only=True):
     """How long the request waited in the scheduler before this slice."""
     resident: bool = False
     """The worker already holds its KV; `spec.prompt` and `tokens` may be left out then."""
+    why: Why | None = None
 
 
 class Renewal(Value, frozen=True, kw_only=True, array_like=True):

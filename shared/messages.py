@@ -20,6 +20,8 @@ from typing import Literal
 import msgspec
 
 from shared.message_parts import (
+    AdmittedBy as AdmittedBy,
+    Came as Came,
     FinishReason as FinishReason,
     Form as Form,
     LengthClass as LengthClass,
@@ -33,6 +35,8 @@ from shared.message_parts import (
     TokenLogprobs as TokenLogprobs,
     TokenRun as TokenRun,
     Value as Value,
+    WaitsFor as WaitsFor,
+    Why as Why,
     WorkerInfo as WorkerInfo,
     WorkerMemory as WorkerMemory,
 )
@@ -133,6 +137,8 @@ class Accepted(Message, frozen=True, kw_only=True):
     """Until its first token."""
     finish_s: float
     """Until its last one."""
+    output_tokens: int = 0
+    """The length of the output that this rests on."""
 
 
 class Rejected(Message, frozen=True, kw_only=True):
@@ -145,6 +151,9 @@ class Rejected(Message, frozen=True, kw_only=True):
     detail: str = ""
     retry_after_s: float | None = None
     """None: trying again will not help."""
+    start_s: float = 0.0
+    """When its first token was predicted; 0: nothing was."""
+    finish_s: float = 0.0
 
 
 class SchedulerBeat(Message, frozen=True, kw_only=True):
@@ -200,6 +209,8 @@ class Park(Message, frozen=True, kw_only=True):
     worker: str
     request_id: str
     attempt: int
+    reason: Literal["memory", "reader"] = "memory"
+    """For traces and journals: no blocks for the next leases, or its client is behind."""
 
 
 class Drop(Message, frozen=True, kw_only=True):

@@ -53,7 +53,8 @@ def open_root(
 
 
 def close_root(span: Span, call: Call, status: int, start_s: float, end_s: float) -> None:
-    """The answer is over; `start_s` and `end_s` are wall-clock seconds."""
+    """The answer is over; `start_s` and `end_s` are wall-clock seconds. What was predicted stands
+    beside what came: `time_to_first_chunk` and the span's own end."""
     if not span.is_recording():
         return
     span.set_attribute("http.response.status_code", status)
@@ -67,6 +68,10 @@ def close_root(span: Span, call: Call, status: int, start_s: float, end_s: float
         span.set_attribute("gen_ai.usage.output_tokens", call.output_tokens)
         reasons = [choice.transcript.finish_reason or "cancelled" for choice in call.choices]
         span.set_attribute("gen_ai.response.finish_reasons", reasons)
+    if call.promise is not None:
+        start_s, finish_s = (at - call.received_at for at in call.promise)
+        span.set_attribute("tranche.predicted_start_s", start_s)
+        span.set_attribute("tranche.predicted_finish_s", finish_s)
     firsts = [c.first_token_at for c in call.choices if c.first_token_at is not None]
     if firsts:
         first_s = min(firsts) - call.received_at

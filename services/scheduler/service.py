@@ -23,7 +23,12 @@ from services.scheduler.journal import Journal
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.outbox import Outbox
 from services.scheduler.settings import SchedulerSettings
-from services.scheduler.spans import record_dispatch, record_request_queue
+from services.scheduler.spans import (
+    record_dispatch,
+    record_parked,
+    record_refused,
+    record_request_queue,
+)
 from shared.bus.api import Bus, BusError, BusUnavailable, Delivery, Unroutable
 from shared.bus.topology import ESTIMATOR_QUEUE, SCHEDULER_QUEUE, hosted_by
 from shared.messages import (
@@ -259,6 +264,8 @@ class _Shell:
             step = replay.Step(now=now, event=event, commands=tuple(commands))
             self._journal.record(step)
         for command in commands:
+            if isinstance(event, Submit) and isinstance(command, Rejected):
+                record_refused(self._tracer, event, command, decided_s)
             self._send(core, command, decided_s)
         self._notice(core)
         self._stirred.set()
@@ -275,6 +282,11 @@ class _Shell:
             model = next((worker.info.model for worker in workers), "")
             self._metrics.on_beat(command, model)
             self._metrics.outbox.set(self._outbox.waiting)
+        elif isinstance(command, Park):
+            parked = core.books.requests.open.get(command.request_id)
+            if parked is not None:
+                name = core.books.workers.active[command.worker].info.name
+                record_parked(self._tracer, parked.spec.trace, command, name, decided_s)
         elif isinstance(command, Rejected):
             self._log.info(
                 "scheduler.rejected",

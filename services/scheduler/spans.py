@@ -1,10 +1,12 @@
-"""The scheduler's spans: wait in the request queue, wait in the pool, dispatch of a batch."""
+"""The scheduler's spans: wait in the request queue, wait in the pool, dispatch of a batch, and
+marks where a request was refused, parked or ended; each with its reason and what was predicted."""
 
 from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.util.types import AttributeValue
 
 from shared.bus.api import Delivery
 from shared.bus.topology import INBOX, ORDERS, SCHEDULER_QUEUE
-from shared.messages import RunSlice, Submit
+from shared.messages import Park, Rejected, RunSlice, SliceOrder, Submit
 from shared.telemetry.attributes import messaging_attributes
 from shared.telemetry.tracing import headers_for, record_span
 
@@ -58,6 +60,7 @@ def record_dispatch(
                 "tranche.lease_tokens": order.lease_tokens,
                 "tranche.batch_id": run.batch_id,
                 "tranche.worker": worker,
+                **_reasons(order),
             },
         )
     if not traces:
@@ -82,3 +85,67 @@ def record_dispatch(
         },
     )
     return headers_for(own)
+
+
+def _reasons(order: SliceOrder) -> dict[str, AttributeValue]:
+    """Why it waited and was placed there; what admission needed of what there was; what had been
+    predicted for it. The figures are left out where nothing was."""
+    why = order.why
+    if why is None:
+        return {}
+    figures = {
+        "tranche.needed_tokens": why.needed_tokens,
+        "tranche.room_tokens": why.room_tokens,
+        "tranche.predicted_start_s": why.start_s,
+        "tranche.predicted_output_tokens": why.output_tokens,
+    }
+    return {
+        "tranche.came": why.came,
+        "tranche.waited_for": why.waited_for,
+        "tranche.admitted_by": why.admitted_by,
+        "tranche.overtaken": why.overtaken,
+        "tranche.moved": why.moved,
+        **{name: figure for name, figure in figures.items() if figure},
+    }
+
+
+def record_refused(tracer: Tracer, submit: Submit, answer: Rejected, now_s: float) -> None:
+    """A mark in its trace: it was not taken in."""
+    if not submit.spec.trace:
+        return
+    figures = {
+        "tranche.predicted_start_s": answer.start_s,
+        "tranche.predicted_finish_s": answer.finish_s,
+        "tranche.retry_after_s": answer.retry_after_s,
+    }
+    record_span(
+        tracer,
+        "refused",
+        start_s=now_s,
+        end_s=now_s,
+        parent=submit.spec.trace,
+        attributes={
+            "tranche.request_id": answer.request_id,
+            "tranche.reason": answer.reason,
+            **{name: figure for name, figure in figures.items() if figure},
+        },
+    )
+
+
+def record_parked(tracer: Tracer, trace: str, park: Park, worker: str, now_s: float) -> None:
+    """A mark in its trace: its worker was told to end its lease. `worker`: its name."""
+    if not trace:
+        return
+    record_span(
+        tracer,
+        "parked",
+        start_s=now_s,
+        end_s=now_s,
+        parent=trace,
+        attributes={
+            "tranche.request_id": park.request_id,
+            "tranche.attempt": park.attempt,
+            "tranche.reason": park.reason,
+            "tranche.worker": worker,
+        },
+    )

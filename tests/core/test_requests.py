@@ -31,7 +31,7 @@ def test_a_request_runs_slice_by_slice_with_all_it_has() -> None:
     bench.join()
     first = bench.run_one()
     assert first.orders[0] == SliceOrder(
-        spec=spec_of(), attempt=1, lease_tokens=16, pool_wait_s=first.orders[0].pool_wait_s
+        spec=spec_of(), attempt=1, lease_tokens=16, pool_wait_s=0.003, why=first.orders[0].why
     )
     assert (first.form, first.iterations, first.worker) == ("closed", 16, "w1")
     (second,) = bench.say(done(first))

@@ -11,9 +11,10 @@ import numpy as np
 
 from services.scheduler.core.policies.balancing import Gauges
 from services.scheduler.core.workers import Worker
-from shared.messages import Form
+from shared.messages import Form, WaitsFor
 
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+BoolArray = np.ndarray[tuple[int], np.dtype[np.bool_]]
 IntArray = np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
@@ -197,3 +198,26 @@ class Board:
             & (self.refused > input_tokens)
             & (self.rests_until <= now)
         )
+
+    def hindrance(
+        self,
+        need_tokens: int,
+        input_tokens: int,
+        backlog_below: float,
+        running_below: float,
+        now: float,
+    ) -> WaitsFor:
+        """Why `with_room` found nobody: the first of these that leaves no worker."""
+        gauges = self.written()
+        left = (self.free > -np.inf) & (self.rests_until <= now)
+        steps: tuple[tuple[WaitsFor, BoolArray], ...] = (
+            ("workers", left),
+            ("room", self.free >= need_tokens),
+            ("places", gauges.running < running_below),
+            ("prefill", gauges.backlog < backlog_below),
+        )
+        for name, passing in steps:
+            left = left & passing
+            if not left.any():
+                return name
+        return "memory"

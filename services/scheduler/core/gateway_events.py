@@ -43,6 +43,7 @@ def submit(books: Books, event: Submit, now: float) -> None:
         return
     request = books.requests.open_new(event.spec)
     books.promises.made(request, expected.start_s, expected.finish_s)
+    request.predicted_output = expected.output_tokens
     if event.told:
         books.send(
             Accepted(
@@ -51,6 +52,7 @@ def submit(books: Books, event: Submit, now: float) -> None:
                 request_id=event.spec.request_id,
                 start_s=expected.start_s,
                 finish_s=expected.finish_s,
+                output_tokens=expected.output_tokens,
             )
         )
     moves.admit(books, request, now)

@@ -10,7 +10,7 @@ wake-up.
 
 import numpy as np
 
-from services.scheduler.core import moves
+from services.scheduler.core import moves, reasons
 from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.balancing import BALANCERS
@@ -119,7 +119,10 @@ def _admit_from_line(books: Books, worker: Worker, round_: Round) -> None:
     line = worker.line
     while line is not None and round_.tests_left > 0:
         request = line.head(round_.now)
-        if request is None or not _has_room(books, worker, request, round_.now):
+        if request is None:
+            return
+        if not _has_room(books, worker, request, round_.now):
+            reasons.waits(request, "room")
             return
         round_.tests_left -= 1
         if not _admits(books, worker, request, round_):
@@ -138,6 +141,9 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
         if request is None:
             return
         if not _admit_somewhere(books, request, round_):
+            if request.waits_for != "memory":
+                room = _room_for(books, request, round_.now)
+                reasons.waits(request, books.board.hindrance(*room))
             break
     if books.constants.backfill_max and round_.tests_left > 0:
         _fill_up(books, round_)
@@ -159,15 +165,8 @@ def _fill_up(books: Books, round_: Round) -> None:
 
 
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
-    constants, board = books.constants, books.board
-    need = request.input_tokens + _first_lease(books, request) - 1
-    eligible = board.with_room(
-        need,
-        request.input_tokens,
-        constants.bind_backlog_tokens or np.inf,
-        constants.running_max or np.inf,
-        round_.now,
-    )
+    board = books.board
+    eligible = board.with_room(*_room_for(books, request, round_.now))
     while eligible.size and round_.tests_left > 0:
         place = _pick(books, request, eligible)
         worker = board.workers[place]
@@ -179,6 +178,18 @@ def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
         board.refused[place] = min(board.refused[place], request.input_tokens)
         eligible = eligible[eligible != place]
     return False
+
+
+def _room_for(books: Books, request: Request, now: float) -> tuple[int, int, float, float, float]:
+    """What it asks of a worker; see `Board.with_room`."""
+    constants = books.constants
+    return (
+        request.input_tokens + _first_lease(books, request) - 1,
+        request.input_tokens,
+        constants.bind_backlog_tokens or np.inf,
+        constants.running_max or np.inf,
+        now,
+    )
 
 
 def _has_room(books: Books, worker: Worker, request: Request, now: float) -> bool:
@@ -210,14 +221,20 @@ def _admits(books: Books, worker: Worker, request: Request, round_: Round) -> bo
     """Whether the gate lets it in. A worker with nothing to do refuses nobody: waiting would not
     make room."""
     if not worker.credit.leases:
+        reasons.admitted(request, "idle")
         return True
     name = worker.info.worker
     if name not in round_.gates and _surely_fits(books, worker, request):
+        reasons.admitted(request, "sure")
         return True
     gate = round_.gates.get(name)
     if gate is None:
         gate = round_.gates[name] = GATES[books.preset.admission](_view(books, worker))
-    return gate.admits(_member(books, request, request.output_tokens))
+    if not gate.admits(_member(books, request, request.output_tokens)):
+        reasons.waits(request, "memory", gate)
+        return False
+    reasons.admitted(request, "gate", gate)
+    return True
 
 
 def _surely_fits(books: Books, worker: Worker, request: Request) -> bool:
@@ -267,6 +284,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
     gate = round_.gates.get(worker.info.worker)
     if gate is not None:
         gate.add(_member(books, request, until))
+    why = reasons.why(request, worker.info.worker)
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at, request.overtaken = now, 0.0, 0
     worker.credit.take(request, until)
@@ -279,6 +297,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
             tokens=request.tokens,
             lease_tokens=until - made,
             pool_wait_s=waited_s,
+            why=why,
         )
     )
 

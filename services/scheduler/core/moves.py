@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from services.scheduler.core import reasons
 from services.scheduler.core.books import Books
 from services.scheduler.core.state import HELD, Cause, Placement, Request, State
 from services.scheduler.core.workers import Worker
@@ -21,6 +22,8 @@ def _move(
     if tokens is not None:
         request.tokens = tokens
     books.requests.move(request, cause, now)
+    if request.state is State.WAITING:
+        reasons.begins_to_wait(request, cause, now)
     if before is State.PARKING and request.state is not State.PARKING:
         books.parking.pop(request.request_id, None)
     if before in HELD and request.state not in HELD and worker is not None:
@@ -56,6 +59,7 @@ def _into_line(books: Books, request: Request, now: float) -> None:
 def pause_waiting(books: Books, request: Request, now: float, *, paused: bool) -> None:
     """Its client reads slowly, or has caught up: out of its line, or into it again."""
     request.paused = paused
+    reasons.waits(request, "reader" if paused else "turn")
     if paused:
         books.waits.left(request, now, placed=False, workers=books.board.taking)
         _out_of_line(books, request)
@@ -235,6 +239,7 @@ def say_park(books: Books, request: Request) -> None:
             worker=request.worker,
             request_id=request.request_id,
             attempt=request.attempt,
+            reason="reader" if request.paused else "memory",
         )
     )
 

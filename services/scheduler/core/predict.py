@@ -37,6 +37,8 @@ class Prediction:
     """Until its last one is."""
     token_s: float
     """Between its tokens."""
+    output_tokens: int
+    """How long its output is thought to be."""
     outputs: Sequence[int]
     """Lengths that like requests lately had, ascending; empty: nothing is known."""
 
@@ -60,7 +62,7 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     pace = books.pace
     start_s = wait_s + pace.prefill_s(own + _least_backlog(books))
     finish_s = start_s + max(0, length - 1) * pace.token_s
-    return Prediction(wait_s, start_s, finish_s, pace.token_s, outputs)
+    return Prediction(wait_s, start_s, finish_s, pace.token_s, length, outputs)
 
 
 def predicted_wait_s(books: Books) -> float:
@@ -137,4 +139,4 @@ def _of_batches(books: Books, own: int, length: int, outputs: Sequence[int]) -> 
     first_s, slice_s = cost.slice_s(rows, own, 1), cost.slice_s(rows, own, slice_tokens)
     token_s = max(1e-6, (wait_s + slice_s) / max(1, slice_tokens))
     finish_s = wait_s + max(first_s, length * token_s - wait_s)
-    return Prediction(wait_s, wait_s + first_s, finish_s, token_s, outputs)
+    return Prediction(wait_s, wait_s + first_s, finish_s, token_s, length, outputs)

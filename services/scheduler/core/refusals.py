@@ -9,6 +9,8 @@ is refused for it hears how long it would have waited for its first token. If it
 without any queue too, trying again does not help, and that is said.
 """
 
+import msgspec
+
 from services.scheduler.core.books import Books
 from services.scheduler.core.predict import Prediction, drained_s, predict, predicted_wait_s
 from shared import tokens
@@ -20,11 +22,13 @@ RETRY_MIN_S = 0.1
 def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | None, Prediction]:
     """Why a new request is not taken in, None if it is; and what was predicted for it."""
     prediction = predict(books, spec, now)
-    return (
-        _never(books, spec)
-        or _full(books, spec, prediction, now)
-        or _too_late(books, spec, prediction)
-    ), prediction
+    answer = _never(books, spec)
+    if answer is None:
+        answer = _full(books, spec, prediction, now) or _too_late(books, spec, prediction)
+        if answer is not None:
+            expected = {"start_s": prediction.start_s, "finish_s": prediction.finish_s}
+            answer = msgspec.structs.replace(answer, **expected)
+    return answer, prediction
 
 
 def _never(books: Books, spec: RequestSpec) -> Rejected | None:

@@ -103,10 +103,21 @@ def replay(data: bytes, policy: str | None = None) -> tuple[int, Difference | No
     With `policy` another preset decides; then the first difference is where it would have acted
     otherwise. Raises BadJournal and UnknownPreset.
     """
+    steps = 0
+    for step, _, answer in steps_of(data, policy):
+        if tuple(answer) != step.commands:
+            return steps, Difference(steps, step.now, step.commands, tuple(answer))
+        steps += 1
+    return steps, None
+
+
+def steps_of(
+    data: bytes, policy: str | None = None
+) -> Iterator[tuple[Step, Scheduler, list[SchedulerCommand]]]:
+    """Each recorded step, the core after it, and what that answered. Raises as `replay`."""
     if not data:
         raise BadJournal("empty: no leadership has been recorded")
     core: Scheduler | None = None
-    steps = 0
     for record in records(data):
         if isinstance(record, Started):
             core = _core(record, policy or record.policy)
@@ -114,11 +125,11 @@ def replay(data: bytes, policy: str | None = None) -> tuple[int, Difference | No
         if core is None:
             raise BadJournal("no journal: it does not begin with a leadership")
         now = record.now
-        answer = core.wake(now) if record.event is None else core.handle(record.event, now)
-        if tuple(answer) != record.commands:
-            return steps, Difference(steps, now, record.commands, tuple(answer))
-        steps += 1
-    return steps, None
+        yield (
+            record,
+            core,
+            core.wake(now) if record.event is None else core.handle(record.event, now),
+        )
 
 
 def _core(record: Started, policy: str) -> Scheduler:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from services.scheduler.core import moves
+from services.scheduler.core import moves, reasons
 from services.scheduler.core.books import Books, Making
 from services.scheduler.core.policies.admission import ADMISSIONS, Footprint, Room, fits
 from services.scheduler.core.policies.batching import BATCHINGS, CHUNK, Waiting
@@ -307,6 +307,7 @@ def _usable(books: Books, worker: Worker, now: float) -> bool:
 
 def _place(books: Books, request: Request, worker: Worker, batch_id: str, now: float) -> SliceOrder:
     waited_s = max(0.0, now - request.since)
+    why = reasons.why(request, worker.info.worker)
     moves.place(books, request, worker.info.worker, batch_id, now)
     lease_tokens = PACINGS[books.preset.pacing].lease_tokens
     return SliceOrder(
@@ -315,6 +316,7 @@ def _place(books: Books, request: Request, worker: Worker, batch_id: str, now: f
         tokens=request.tokens,
         lease_tokens=lease_tokens(request.remaining_tokens, books.constants),
         pool_wait_s=waited_s,
+        why=why,
     )
 
 

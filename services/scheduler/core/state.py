@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from shared import tokens
-from shared.messages import RequestSpec
+from shared.messages import AdmittedBy, Came, RequestSpec, WaitsFor
 
 
 class State(Enum):
@@ -105,6 +105,15 @@ class Request:
     predicted_start_s: float = 0.0
     """What was told of its first token, from `arrived_at` on; 0: nothing."""
     predicted_finish_s: float = 0.0
+    predicted_output: int = 0
+    """The length of its output on which that rests."""
+    came: Came = "new"
+    """How it came to wait; with the next four: reasons, for people only (reasons.py)."""
+    waits_for: WaitsFor = "turn"
+    admitted_by: AdmittedBy = "dealt"
+    needed_tokens: int = 0
+    """KV that its worker's batch would need with it, when it was last looked at."""
+    room_tokens: int = 0
     paused: bool = False
     """Its client reads slowly: it gets no lease, and stands in no line."""
     reading_turn: int = 0

@@ -93,6 +93,7 @@ class ChanceGate:
         members = columns(view.members)
         self._block = max(1, view.block_tokens)
         self._capacity = max(0, view.capacity_tokens) // self._block * self._block
+        self.needed, self.room = 0.0, float(self._capacity)
         self._lag = 0 if view.constants.count_last_token else 1
         self._running = len(members)
         self._members = [members]
@@ -112,7 +113,8 @@ class ChanceGate:
         """May it join? Nothing changes."""
         if self._running == 0 and candidate.held <= self._capacity:
             return True
-        return self.need(candidate) < self._capacity
+        self.needed = self.need(candidate)
+        return self.needed < self._capacity
 
     def need(self, candidate: Member) -> float:
         """The tokens that the batch would need with it, at the worst instant."""

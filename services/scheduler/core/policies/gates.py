@@ -27,6 +27,16 @@ class Gate(Protocol):
     """One worker's admission, while candidates are tried."""
 
     @property
+    def needed(self) -> float:
+        """What the batch would need with the last candidate, in tokens, as far as was looked."""
+        ...
+
+    @property
+    def room(self) -> float:
+        """Tokens within which that has to stay."""
+        ...
+
+    @property
     def lasting(self) -> bool:
         """The last candidate was refused, and will be until somebody leaves the batch: growing
         alone makes no room. False where later samples or times may say otherwise."""
@@ -83,10 +93,13 @@ class SumGate:
         self._newcomer = newcomer
         self._joined = joined or newcomer
         self._full_at = full_at
+        self.needed, self.room = 0.0, float(limit * memory.block)
         self.lasting = False
 
     def admits(self, candidate: Member) -> bool:
-        fits = self._taken + self._newcomer(candidate) <= self._limit
+        need = self._taken + self._newcomer(candidate)
+        self.needed = float(need * self._memory.block)
+        fits = need <= self._limit
         fits = fits and self._taken < self._full_at
         self.lasting = not (fits or self._memory.takes_alone(candidate))
         return not self.lasting
@@ -122,6 +135,7 @@ class PeakGate:
         self._future: Future | None = None
         self._asked: Member | None = None
         self._left: Ints | None = None
+        self.needed, self.room = 0.0, float(limit * memory.block)
         self.lasting = False
 
     def admits(self, candidate: Member) -> bool:
@@ -129,10 +143,14 @@ class PeakGate:
         if self._memory.takes_alone(candidate):
             return True
         held = candidate.held - self._memory.lag
-        if self._held_sum + self._memory.blocks(held) >= self._limit:
+        at_once = self._held_sum + self._memory.blocks(held)
+        self.needed = float(at_once * self._memory.block)
+        if at_once >= self._limit:
             self.lasting = True
             return False
-        return self._peak_with(candidate, held) < self._limit
+        peak = self._peak_with(candidate, held)
+        self.needed = float(peak * self._memory.block)
+        return peak < self._limit
 
     def add(self, candidate: Member) -> None:
         """It stays with the lengths under which it was admitted, also if it joins with a lease."""
