@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sim.report import Report, Spread
+from sim.report import Calibration, Report, Spread
 
 Better = Literal["higher", "lower", ""]
 SPREAD_PARTS = {"mean": "mean", "p50": "median", "p95": "95th percentile", "p99": "99th percentile"}
@@ -30,7 +30,7 @@ class Metric:
         field, _, part = self.name.partition(".")
         found = getattr(report, field)
         if part:
-            found = getattr(found, part) if isinstance(found, Spread) else None
+            found = getattr(found, part) if isinstance(found, Spread | Calibration) else None
         return None if found is None else float(found)
 
     def text(self, value: float | None) -> str:
@@ -135,6 +135,22 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "evicted_requests", "evicted requests", "", 0, "lower", "Requests evicted at least once."
+    ),
+    Metric(
+        "calibration.evicted_share",
+        "evictions per finished request",
+        "share",
+        3,
+        "lower",
+        "As the scheduler counted. Admission by chance steers it to its target.",
+    ),
+    Metric(
+        "calibration.finish_error",
+        "error of predicted finishes, median",
+        "share",
+        3,
+        "lower",
+        "|predicted - actual| / actual, of the latest requests.",
     ),
     Metric(
         "kv_util_mean",

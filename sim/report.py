@@ -56,6 +56,24 @@ class Spread(msgspec.Struct, frozen=True):
     p99: float | None
 
 
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """How true the scheduler's own predictions were, as its last leader counted."""
+
+    outputs: int
+    """Ended requests of whose output quantiles had been predicted."""
+    coverage: dict[str, float]
+    """By quantile: the share of outputs that were no longer; it should be the quantile."""
+    pinball_tokens: dict[str, float]
+    """By quantile: the mean pinball loss."""
+    evicted_share: float
+    """Evictions over finished requests,"""
+    evicted_target: float | None = None
+    """and what admission by chance wanted at the end; None with other admissions."""
+    start_error: float | None = None
+    """Median of |predicted - actual| / actual of the latest starts and finishes, 1,024 together."""
+    finish_error: float | None = None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts are totals; `decisions` counts calls of the scheduler's core."""
 
@@ -92,6 +110,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     busy_time_std_s: float | None = None
     scheduler_cpu_s: float | None = None
     decisions: int | None = None
+    calibration: Calibration | None = None
     workload: str = ""
     errors: dict[str, int] = {}
     notes: dict[str, str] = {}

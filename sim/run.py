@@ -5,16 +5,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import pstdev
+from statistics import median, pstdev
 
 import msgspec
 
+from services.scheduler.core.calibration import LEVELS
 from services.scheduler.core.replay import Step as JournalStep, started, to_bytes
+from services.scheduler.core.scheduler import Scheduler
 from services.scheduler.core.settings import Constants
 from sim.leader import Spent, Step
 from sim.mesh import SimMesh
 from sim.network import Seen
-from sim.report import Record, Report, summarise
+from sim.report import Calibration, Record, Report, summarise
 from sim.sampler import Sampler
 from sim.series import Series
 from sim.setup import Setup
@@ -180,4 +182,27 @@ def _report(mesh: SimMesh, records: Sequence[Record], begun_at: float) -> Report
         busy_time_std_s=pstdev(tally.busy_s for tally in tallies),
         scheduler_cpu_s=mesh.leader.spent.seconds(),
         decisions=mesh.leader.spent.calls,
+        calibration=_calibration(mesh.leader.core),
+    )
+
+
+def _calibration(core: Scheduler | None) -> Calibration | None:
+    """What the last leader found of its own predictions."""
+    if core is None:
+        return None
+    books, counted = core.books, core.books.calibration
+    margin, of = books.margin, max(1, counted.compared)
+    errors: dict[str, list[float]] = {"start": [], "finish": []}
+    for miss in books.promises.misses:
+        errors[miss.kind].append(miss.error)
+    levels = [f"{level:g}" for level in LEVELS]
+    chance = books.preset.admission == "chance"
+    return Calibration(
+        outputs=counted.compared,
+        coverage=dict(zip(levels, (n / of for n in counted.covered), strict=True)),
+        pinball_tokens=dict(zip(levels, (x / of for x in counted.pinball_tokens), strict=True)),
+        evicted_share=books.evictions / max(1, margin.finished),
+        evicted_target=margin.target(books.constants, books.board.taking) if chance else None,
+        start_error=median(errors["start"]) if errors["start"] else None,
+        finish_error=median(errors["finish"]) if errors["finish"] else None,
     )

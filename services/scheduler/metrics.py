@@ -6,8 +6,11 @@ dashboards made for it work.
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.scheduler.core.books import Books
+from services.scheduler.core.calibration import LEVELS, Calibration
 from services.scheduler.core.promises import Promises
 from shared.messages import (
+    Finished,
     Park,
     Recall,
     Rejected,
@@ -67,6 +70,38 @@ class SchedulerMetrics:
             buckets=ERROR_RATIOS,
             registry=registry,
         )
+        self.predicted_outputs = counter(
+            "predicted_outputs",
+            "Ended requests of whose output quantiles had been predicted.",
+        )
+        self.covered_outputs = counter(
+            "covered_outputs",
+            "Those whose output was no longer than the predicted quantile. Over all of them this "
+            "is the quantile's coverage, which should be the quantile.",
+            "quantile",
+        )
+        self.pinball = counter(
+            "output_pinball_loss_tokens",
+            "Pinball loss of predicted quantiles of the output. Over tranche_predicted_outputs it "
+            "is the mean loss, least for the true quantile.",
+            "quantile",
+        )
+        self.evictions = counter(
+            "evictions",
+            "Leases that ended early for want of memory. Over the finished requests this is the "
+            "share that admission by chance steers to its target.",
+        )
+        self.finished = counter(
+            "finished_requests", "Requests that came to their end, by reason.", "reason"
+        )
+        self.eviction_target = gauge(
+            "tranche_eviction_target_ratio",
+            "Admission by chance: the wanted share of evictions; it follows their price.",
+        )
+        self.margin = gauge(
+            "tranche_admission_margin_deviations",
+            "Admission by chance: standard deviations of future memory that are kept free.",
+        )
         self.dispatched = counter("dispatched_batches", "Batches given to workers.")
         self.orders = counter("dispatched_orders", "Requests' slices given to workers.")
         self.renewals = counter("renewed_leases", "Leases made longer while they ran.")
@@ -104,6 +139,9 @@ class SchedulerMetrics:
             registry=registry,
         )
         self._expected: dict[str, float] = {}
+        self._told = Calibration()
+        """What was counted of the present leadership."""
+        self._evictions = 0
         self._model = ""
 
     def on_command(self, command: SchedulerCommand) -> None:
@@ -128,6 +166,8 @@ class SchedulerMetrics:
                 self.rejections.labels(command.reason).inc()
             case Park():
                 self.parked.inc()
+            case Finished():
+                self.finished.labels(command.reason).inc()
             case Recall():
                 self.recalls.inc()
             case _:
@@ -150,6 +190,30 @@ class SchedulerMetrics:
             miss = promises.misses[at]
             self.prediction_error.labels(miss.kind).observe(miss.error)
         return promises.compared
+
+    def on_books(self, books: Books) -> None:
+        """What the core has counted, since the last time."""
+        self.evictions.inc(books.evictions - self._evictions)
+        self._evictions = books.evictions
+        now, told = books.calibration, self._told
+        if now.compared == told.compared:
+            return
+        self.predicted_outputs.inc(now.compared - told.compared)
+        for at, level in enumerate(LEVELS):
+            label = f"{level:g}"
+            self.covered_outputs.labels(label).inc(now.covered[at] - told.covered[at])
+            loss = now.pinball_tokens[at] - told.pinball_tokens[at]
+            self.pinball.labels(label).inc(max(0.0, loss))
+        self._told = Calibration(now.compared, list(now.covered), list(now.pinball_tokens))
+        if books.preset.admission == "chance":
+            margin, workers = books.margin, books.board.taking
+            self.eviction_target.set(margin.target(books.constants, workers))
+            self.margin.set(margin.z)
+
+    def elected(self) -> None:
+        """A new core counts from 0."""
+        self.elections.inc()
+        self._told, self._evictions = Calibration(), 0
 
     def on_beat(self, beat: SchedulerBeat, model: str) -> None:
         """The gauges say what the beat says."""

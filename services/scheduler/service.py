@@ -222,7 +222,7 @@ class _Shell:
         self._workers_lost = self._compared = 0
         if self._journal is not None:
             self._journal.record(replay.started(settings.policy, settings.constants()))
-        self._metrics.elections.inc()
+        self._metrics.elected()
         self._log.info("scheduler.elected", epoch=epoch)
         self._ask(core, Elected(epoch=epoch))
         return core
@@ -304,6 +304,7 @@ class _Shell:
             self._log.warning("scheduler.worker_lost", workers=len(core.books.workers.active))
         self._workers_lost = lost
         self._compared = self._metrics.on_misses(core.books.promises, self._compared)
+        self._metrics.on_books(core.books)
         if core.advice != self._advice:
             self._advice = core.advice
             if self._advice:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from services.scheduler.core.board import Board
+from services.scheduler.core.calibration import Calibration
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.lines import Lines
 from services.scheduler.core.outputs import Outputs
@@ -130,6 +131,8 @@ class Books:
     """How long the outputs of like prompts were."""
     promises: Promises = field(default_factory=Promises)
     """Predictions that were told, and how far they were off."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """How true predicted quantiles of outputs were."""
     door: Door = field(default_factory=Door)
     margin: Margin = field(default_factory=Margin)
     """What `chance` keeps free, and by what it is steered."""

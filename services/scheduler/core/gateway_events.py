@@ -2,6 +2,7 @@
 
 from services.scheduler.core import moves, readers
 from services.scheduler.core.books import ATTEMPT_MAX, Books
+from services.scheduler.core.predict import predict_output
 from services.scheduler.core.refusals import refusal
 from services.scheduler.core.state import Placement, Request, State
 from shared import tokens
@@ -44,6 +45,7 @@ def submit(books: Books, event: Submit, now: float) -> None:
     request = books.requests.open_new(event.spec)
     books.promises.made(request, expected.start_s, expected.finish_s)
     request.predicted_output = expected.output_tokens
+    predict_output(books, request)
     if event.told:
         books.send(
             Accepted(

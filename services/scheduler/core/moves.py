@@ -184,6 +184,7 @@ def finish(
     if reason in ("stop", "length"):
         books.outputs.saw(request.prompt_tokens, output_tokens)
         books.promises.ended(request, now)
+        books.calibration.ended(request.predicted_quantiles, output_tokens)
         margin, constants = books.margin, books.constants
         margin.saw_finish(constants, margin.target(constants, books.board.taking), now)
     books.send(

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log2
+from math import ceil, log2
 
 PER_OCTAVE = 8
 """Classes of prompt length in a factor of two."""
@@ -60,6 +60,11 @@ class Outputs:
 def share_within(outputs: Sequence[int], tokens: float) -> float:
     """The share of these ascending lengths that are no longer than so many tokens."""
     return bisect_right(outputs, tokens) / len(outputs) if outputs else 0.0
+
+
+def quantile(outputs: Sequence[int], level: float) -> int:
+    """The least of these ascending lengths that at least this share of them does not exceed."""
+    return outputs[min(len(outputs) - 1, max(0, ceil(level * len(outputs)) - 1))]
 
 
 def middle(outputs: Sequence[int]) -> int:

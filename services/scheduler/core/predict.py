@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.scheduler.core.books import Books
-from services.scheduler.core.outputs import middle, share_within
+from services.scheduler.core.calibration import LEVELS
+from services.scheduler.core.outputs import middle, quantile, share_within
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
+from services.scheduler.core.state import Request
 from shared import tokens
 from shared.messages import RequestSpec
 
@@ -63,6 +65,19 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     start_s = wait_s + pace.prefill_s(own + _least_backlog(books))
     finish_s = start_s + max(0, length - 1) * pace.token_s
     return Prediction(wait_s, start_s, finish_s, pace.token_s, length, outputs)
+
+
+def predict_output(books: Books, request: Request) -> None:
+    """Quantiles of its output, by what the policy goes by, to be compared when it has ended."""
+    cap = request.spec.max_tokens
+    if books.preset.admission == "chance":
+        kind = books.kind_of(request)
+        request.predicted_quantiles = books.lengths.quantiles(LEVELS, cap, kind)
+        return
+    known = books.outputs.like(request.prompt_tokens)
+    if known:
+        told = (min(cap, quantile(known, level)) for level in LEVELS)
+        request.predicted_quantiles = tuple(map(float, told))
 
 
 def predicted_wait_s(books: Books) -> float:

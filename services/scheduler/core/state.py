@@ -107,6 +107,8 @@ class Request:
     predicted_finish_s: float = 0.0
     predicted_output: int = 0
     """The length of its output on which that rests."""
+    predicted_quantiles: tuple[float, ...] = ()
+    """Of its output (calibration.py); empty: nothing was predicted."""
     came: Came = "new"
     """How it came to wait; with the next four: reasons, for people only (reasons.py)."""
     waits_for: WaitsFor = "turn"

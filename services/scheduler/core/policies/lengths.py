@@ -52,6 +52,10 @@ class LengthModel:
     """Made when somebody first asks."""
     _left: dict[tuple[int, int], float] = field(default_factory=dict)
     """Of new requests, by limit and class: most that wait are new."""
+    _quantiles: dict[tuple[tuple[float, ...], int, int], tuple[float, ...]] = field(
+        default_factory=dict
+    )
+    """The same for quantiles."""
 
     @property
     def survival(self) -> Survival:
@@ -68,6 +72,16 @@ class LengthModel:
             known = float(self.survival.expected(made_, cap_, kind_)[0])
             if made <= 0 and len(self._left) < REMEMBERED_MAX:
                 self._left[cap, kind] = known
+        return known
+
+    def quantiles(self, levels: tuple[float, ...], cap: int, kind: int) -> tuple[float, ...]:
+        """Of the output of a new request of a class, by the survival function."""
+        key = (levels, cap, kind)
+        known = self._quantiles.get(key)
+        if known is None:
+            known = self.survival.quantiles(levels, cap, kind)
+            if len(self._quantiles) < REMEMBERED_MAX:
+                self._quantiles[key] = known
         return known
 
     # ------------------------------------------------------------------------------------ samples

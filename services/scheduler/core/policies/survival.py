@@ -11,6 +11,7 @@ anywhere up to the request's own. Lengths are counted up to a fixed resolution, 
 looked up in one table (rules: research notes on `tranche`, section 1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -131,6 +132,15 @@ class Survival:
         # Not a matrix product, whose rounding depends on the row's place.
         left: Floats = ((chance[:, 1:] + chance[:, :-1]) * (np.diff(ahead) / 2)).sum(axis=1)
         return left
+
+    def quantiles(self, levels: Sequence[float], cap: int, kind: int) -> tuple[float, ...]:
+        """Of the output of a new request of a class with this limit: with a chance of `level` it is
+        no longer. Linear between the instants of the grid; beyond its end the end."""
+        ahead = self.horizon(cap)
+        none, most = np.zeros(1, dtype=np.int64), np.full(1, cap, dtype=np.int64)
+        chance = self.chances(none, most, np.full(1, kind, dtype=np.int64), ahead)[0]
+        over = 1 - np.minimum.accumulate(chance)
+        return tuple(min(float(cap), float(np.interp(level, over, ahead))) for level in levels)
 
 
 def survival_of(
