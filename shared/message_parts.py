@@ -244,6 +244,8 @@ class WorkerInfo(Value, frozen=True, kw_only=True):
     device: str = "cpu"
     kv_block_tokens: int = 1
     """KV slots are given out in blocks of so many tokens."""
+    shares_prefixes: bool = False
+    """A prompt that begins like one computed there lately is not computed anew so far."""
 
 
 class Resident(Value, frozen=True, kw_only=True, array_like=True):

@@ -90,7 +90,7 @@ def beat_of(name: str, **changes: object) -> WorkerBeat:
         "batch_size_max": changes.pop("batch_size_max", 0),
     }
     capacity = changes.pop("capacity", 2000)
-    for field in ("forms", "context_tokens_max", "model"):
+    for field in ("forms", "context_tokens_max", "model", "shares_prefixes"):
         if field in changes:
             info[field] = changes.pop(field)
     memory = WorkerMemory(kv_tokens_capacity=capacity)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ so the few numbers that decide where a request goes, or whether a round of close
 are kept here and compared all at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,8 @@ class Board:
     """Closed: batches given and not answered."""
     loads: FloatArray = field(default_factory=_empty)
     """Closed: seconds of work in them, by estimate."""
+    sharing: int = 0
+    """Workers that share the KV of equal beginnings."""
     mean: float = 0.0
     """Expected output tokens of a request; 0: not known."""
     changed: dict[str, Worker] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Board:
         self.batches = np.append(self.batches, 0.0)
         self.loads = np.append(self.loads, 0.0)
         self.gauges.mean_output[-1] = self.mean
+        self.sharing += worker.info.shares_prefixes
         self.update(worker)
 
     def leave(self, name: str) -> None:
@@ -67,6 +71,7 @@ class Board:
         place = self.places.pop(name, None)
         if place is None:
             return
+        self.sharing -= self.workers[place].info.shares_prefixes
         del self.workers[place]
         self.gauges.delete(place)
         self.free = np.delete(self.free, place)
@@ -168,6 +173,15 @@ class Board:
         if place is not None:
             self.gauges.peak[place] = peak_tokens
             self.gauges.busy_s[place] = busy_s
+
+    def know_cached(self, tokens: Mapping[str, int]) -> None:
+        """Of the next request to be placed: worker to input tokens that it is thought to have."""
+        cached = self.gauges.cached
+        cached[:] = 0.0
+        for name, known in tokens.items():
+            place = self.places.get(name)
+            if place is not None:
+                cached[place] = known
 
     def reopen(self, worker: Worker) -> None:
         """Something changed there: what was refused may be tried again."""

@@ -12,6 +12,7 @@ from services.scheduler.core.outputs import Outputs
 from services.scheduler.core.policies.batching import SORTED_BY_LENGTH
 from services.scheduler.core.policies.chance import Margin
 from services.scheduler.core.policies.estimates import Estimates
+from services.scheduler.core.policies.homes import Homes
 from services.scheduler.core.policies.lengths import Histories, LengthModel
 from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.policies.survival import kind_of
@@ -133,6 +134,8 @@ class Books:
     """Predictions that were told, and how far they were off."""
     calibration: Calibration = field(default_factory=Calibration)
     """How true predicted quantiles of outputs were."""
+    homes: Homes = field(default_factory=Homes)
+    """Where the beginnings of prompts were computed lately."""
     door: Door = field(default_factory=Door)
     margin: Margin = field(default_factory=Margin)
     """What `chance` keeps free, and by what it is steered."""

@@ -16,6 +16,7 @@ from services.scheduler.core.books import Books
 from services.scheduler.core.policies.balancing import BALANCERS
 from services.scheduler.core.policies.future import Future
 from services.scheduler.core.policies.gates import GATES, SURE_SHARE
+from services.scheduler.core.policies.homes import Keys, keys_of
 from services.scheduler.core.policies.members import Member, View, columns
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.renewing import Round, margin_tokens, remind, renew
@@ -111,7 +112,22 @@ def _pick(books: Books, request: Request, eligible: IntArray) -> int:
     balance = BALANCERS[books.preset.offloading]
     need = request.input_tokens
     gauges = books.board.written()
+    if books.board.sharing and books.constants.prefix_affinity:
+        books.board.know_cached(books.homes.cached_tokens(_prefix(request)))
     return int(balance(gauges, need, eligible, books.rounds.turn, books.draws, books.constants))
+
+
+def _prefix(request: Request) -> Keys:
+    if request.prefix_keys is None:
+        request.prefix_keys = keys_of(request.spec.prompt)
+    return request.prefix_keys
+
+
+def _settle(books: Books, worker: Worker, request: Request) -> None:
+    """It is going to have its beginning here."""
+    if worker.info.shares_prefixes and books.constants.prefix_affinity:
+        capacity_tokens = worker.memory.kv_tokens_capacity
+        books.homes.placed(_prefix(request), worker.info.worker, capacity_tokens)
 
 
 def _admit_from_line(books: Books, worker: Worker, round_: Round) -> None:
@@ -287,6 +303,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
     why = reasons.why(request, worker.info.worker)
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at, request.overtaken = now, 0.0, 0
+    _settle(books, worker, request)
     worker.credit.take(request, until)
     books.lines.charge(request, worker, request.input_tokens, 0)
     books.board.update(worker)

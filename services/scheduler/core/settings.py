@@ -59,6 +59,9 @@ class Constants:
     worth about one step in a hundred, in the memory-only experiment [T]."""
     overtaken_max: int = 32
     """How often a refused request may be overtaken so; then nobody behind it is tried [T]."""
+    prefix_affinity: bool = True
+    """`late-binding`: prompt tokens that a worker has computed lately, for another request with the
+    same beginning, do not count as work there. Only where engines share them [T]."""
     binds_max: int = 1024
     """Requests bound to workers in one round, with early binding [T]."""
 

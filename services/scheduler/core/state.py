@@ -133,6 +133,8 @@ class Request:
     """Leased: input that is still to be prefilled there; counts in whole until the first token."""
     backlog_ahead: int = 0
     """Leased: all prefill that was queued there when it joined, its own counted."""
+    prefix_keys: tuple[bytes, ...] | None = None
+    """Leased: names of its prompt's beginnings; None: nobody has asked for them."""
     first_token: bool = False
     """Leased: its prefill on its present worker is over."""
     heard_at: float = 0.0

@@ -284,6 +284,7 @@ def worker_lost(books: Books, name: str, now: float) -> None:
         return
     books.workers_lost += 1
     books.board.leave(name)
+    books.homes.gone(name)
     books.largest_stale = True
     worker.draining = True
     _empty_line(books, worker, now)

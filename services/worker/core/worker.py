@@ -99,6 +99,7 @@ class Worker:
             batch_size_max=engine.batch_size_max,
             device=engine.device,
             kv_block_tokens=engine.kv_block_tokens,
+            shares_prefixes=engine.shares_prefixes,
         )
         self._epoch = 0
         self._heard_at: float | None = None

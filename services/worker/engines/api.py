@@ -102,6 +102,8 @@ class EngineInfo:
     device: str = "cpu"
     kv_block_tokens: int = 1
     """KV is given out in blocks of so many tokens."""
+    shares_prefixes: bool = False
+    """What a prompt has in common with an earlier one is not computed anew."""
     details: dict[str, str] = field(default_factory=dict)
 
 

@@ -136,6 +136,7 @@ class PagedEngine:
             batch_size_max=batch_size_max,
             device=str(model.device),
             kv_block_tokens=block_tokens,
+            shares_prefixes=share_prefixes,
             details={
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "network": self._network.kind,

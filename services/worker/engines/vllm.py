@@ -75,6 +75,7 @@ def engine_on(core: VllmCore, settings: WorkerSettings) -> "VllmEngine":
         batch_size_max=settings.batch_size_max,
         device=str(core.device),
         kv_block_tokens=core.block_tokens,
+        shares_prefixes=True,
         details={"dtype": core.dtype},
     )
     return VllmEngine(info, core, blocks=core.blocks, kv_bytes_per_token=core.kv_bytes_per_token)

@@ -42,6 +42,8 @@ class Gauges:
     """Uncached input tokens of placed requests that have made no token there."""
     waiting_tokens: FloatArray = field(default_factory=_gauge)
     """Input tokens of those bound and not placed."""
+    cached: FloatArray = field(default_factory=_gauge)
+    """Input tokens of the request that is to be placed whose KV the worker is thought to have."""
     mean_output: FloatArray = field(default_factory=_gauge)
     """Expected output tokens of a request; `sal-b`."""
     busy_s: FloatArray = field(default_factory=_gauge)
@@ -185,9 +187,10 @@ def _sal(gauges: Gauges, need: int, at: IntArray) -> tuple[FloatArray, FloatArra
 
 
 def _late_binding(gauges: Gauges, need: int, at: IntArray) -> tuple[FloatArray, ...]:
-    """Least un-prefilled backlog, then least share of KV: for a request that waited in the centre
+    """Least un-prefilled backlog, the request's own counted as far as the worker has not computed
+    its beginning lately (`homes`), then least share of KV: for a request that waited in the centre
     until some worker had little backlog (survey note, section 5.1, point 6) [T]."""
-    return gauges.backlog[at], _share(gauges, gauges.kv_used[at], at)
+    return gauges.backlog[at] - gauges.cached[at], _share(gauges, gauges.kv_used[at], at)
 
 
 def _predicted_peak(gauges: Gauges, need: int, at: IntArray) -> tuple[FloatArray, ...]:
