@@ -159,7 +159,7 @@ def _linears(weights: list[torch.Tensor], batch: int, product: Callable[..., obj
 @torch.inference_mode()
 def _packed(weights: list[torch.Tensor], batch: int) -> float:
     inputs = [torch.randn(batch, w.shape[1]) for w in weights]
-    packed = [pack(w, plain=True) for w in weights]
+    packed = [pack(w, both=True) for w in weights]
     return timed(lambda: [p.wide(x) for p, x in zip(packed, inputs, strict=True)])
 
 

@@ -22,7 +22,7 @@ STALL_S = 150.0
 """A stream that says nothing for so long, keep-alive comments apart, is lost."""
 RETRY_MAX_S = 3.0
 CONNECT_S = 10.0
-CLIENTS = 20
+CLIENTS = 12
 
 Outcome = Literal["open", "complete", "aborted", "cut", "error", "stalled", "unasked"]
 

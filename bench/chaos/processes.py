@@ -36,7 +36,7 @@ ASK_S = 1.0
 """For a service's own port; a frozen one does not answer."""
 SLICE_TOKENS = 16
 """Short leases: a stream has several of them, and faults meet renewals."""
-KV_TOKENS = 4_096
+KV_TOKENS = 2_560
 """Of a worker: with one or two of them gone, memory is scarce."""
 
 

@@ -8,7 +8,7 @@ from enum import Enum, auto
 import msgspec
 import structlog
 
-from shared.bus.api import DELIVERY_LIMIT, Delivery, Handler
+from shared.bus.api import DELIVERY_LIMIT, BusUnavailable, Delivery, Handler
 from shared.messages import AnyMessage, decode
 
 _log = structlog.get_logger(__name__)
@@ -46,7 +46,8 @@ class Received:
 async def handle(queue: str, handler: Handler, received: Received) -> Verdict:
     """Decode and hand over; never raises, except to be cancelled.
 
-    Undecodable: DEAD. Handler raised: RETRY, or DEAD at the DELIVERY_LIMIT-th failure.
+    Undecodable: DEAD. Handler raised: RETRY, or DEAD at the DELIVERY_LIMIT-th failure; a handler
+    that had no bus condemns no message, and is tried again as long as it takes.
     """
     try:
         message = decode(received.body)
@@ -70,6 +71,16 @@ async def handle(queue: str, handler: Handler, received: Received) -> Verdict:
     )
     try:
         await handler(delivery)
+    except BusUnavailable as error:
+        # The line is gone, and this delivery with it: the broker will give it again.
+        _log.warning(
+            "bus.handler_cut_off",
+            queue=queue,
+            message=type(message).__name__,
+            request_id=request_id_of(message),
+            error=str(error),
+        )
+        return Verdict.RETRY
     except Exception:
         attempt = received.failures + 1
         verdict = Verdict.DEAD if attempt >= DELIVERY_LIMIT else Verdict.RETRY

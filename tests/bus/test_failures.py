@@ -5,7 +5,14 @@ from collections import Counter
 
 import pytest
 
-from shared.bus.api import DELIVERY_LIMIT, Address, Delivery, QueueSpec, Subscription
+from shared.bus.api import (
+    DELIVERY_LIMIT,
+    Address,
+    BusUnavailable,
+    Delivery,
+    QueueSpec,
+    Subscription,
+)
 from shared.bus.topology import (
     ASKS,
     BEAT,
@@ -33,9 +40,10 @@ RUBBISH = (b"", b"\x00", b"{}", b"\xc1\xff", b"\x81\xa4type\xa7Unknown", bytes(1
 class Refusing(Inbox):
     """A handler that fails on number 13, as often as it is told to."""
 
-    def __init__(self, failures: int) -> None:
+    def __init__(self, failures: int, error: type[Exception] = ValueError) -> None:
         super().__init__()
         self.failures = failures
+        self.error = error
         self.calls: Counter[int] = Counter()
         self.redelivered: list[bool] = []
 
@@ -45,7 +53,7 @@ class Refusing(Inbox):
         if number == 13:
             self.redelivered.append(delivery.redelivered)
             if self.calls[13] <= self.failures:
-                raise ValueError("13 brings bad luck")
+                raise self.error("13 brings bad luck")
         await super().__call__(delivery)
 
 
@@ -60,6 +68,15 @@ async def test_a_failed_message_comes_again(place: Place, queue: QueueSpec) -> N
     assert inbox.calls == {12: 1, 13: DELIVERY_LIMIT, 14: 1}
     assert inbox.redelivered == [False] + [True] * (DELIVERY_LIMIT - 1)
     assert await place.dead_letters() == []
+
+
+async def test_a_handler_without_a_bus_condemns_no_message(place: Place) -> None:
+    failures = DELIVERY_LIMIT + 2
+    bus, inbox = await place.bus(), Refusing(failures, BusUnavailable)
+    await bus.consume(DURABLE, inbox)
+    await bus.publish(KEY, numbered(13))
+    await inbox.until(1)
+    assert inbox.calls[13] == failures + 1
 
 
 @pytest.mark.parametrize("queue", [DURABLE, EXCLUSIVE], ids=lambda queue: queue.kind)

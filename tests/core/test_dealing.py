@@ -4,7 +4,7 @@ from services.scheduler.core.settings import Constants
 from shared.messages import RunSlice, SchedulerCommand
 from tests.core.seam import Bench, done, submit
 
-CONSTANTS = Constants(batch_size=3, waiting_max=1000)
+CONSTANTS = Constants(batch_size=3, waiting_max=1000, worker_timeout_s=60.0)
 
 
 def runs_of(commands: list[SchedulerCommand]) -> list[tuple[str, int]]:

@@ -48,11 +48,11 @@ def test_a_lost_worker_s_requests_are_recalled_and_run_elsewhere() -> None:
     assert order.tokens == tokens.pack(range(3))
 
 
-def test_a_silent_worker_is_lost_after_two_seconds() -> None:
+def test_a_silent_worker_is_lost_within_two_seconds() -> None:
     bench = Bench()
     bench.join()
     bench.run_one()
-    assert bench.after(1.9) == []
+    assert bench.after(1.4) == []
     (recall,) = bench.after(0.5)
     assert recall == Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)
 

@@ -235,8 +235,9 @@ class Constants:
     # ---- time
     beat_s: float = 1.0
     """Between SchedulerBeats: the mesh's protocol."""
-    worker_timeout_s: float = 2.0
-    """Silence after which a worker is lost: four of its beats [T]."""
+    worker_timeout_s: float = 1.5
+    """Silence after which a worker is lost: three of its beats; with `watch_s` that is noticed
+    within 2 s [T]."""
     gateway_timeout_s: float = 3.0
     """Silence after which a gateway is gone: three of its beats."""
     watch_s: float = 0.25

@@ -10,6 +10,8 @@ from services.scheduler.core.workers import Batch, Worker
 from shared import tokens
 from shared.messages import Drop, Resident, SliceDone, SliceResult, WorkerBeat
 
+MISSED_BEATS = 2
+"""Of ours, that a worker has not heard: it is deaf if others hear them."""
 HEARD_SLACK_S = 0.25
 """On a beat's way. All workers beat twice a second: after a stop of our own, what the others last
 said is half a second old at most, and thus well above a beat too."""
@@ -183,7 +185,8 @@ def worker_beat(books: Books, event: WorkerBeat, now: float) -> None:
 def _is_deaf(books: Books, beat: WorkerBeat) -> bool:
     """It speaks but hears nothing, by a line that is dead one way: its leases cannot be renewed.
     Where nobody hears us, it is our own line, or we were stopped ourselves."""
-    if beat.epoch != books.epoch or beat.heard_s <= books.constants.worker_timeout_s:
+    silent_s = max(books.constants.worker_timeout_s, MISSED_BEATS * books.constants.beat_s)
+    if beat.epoch != books.epoch or beat.heard_s <= silent_s:
         return False
     lately_s = books.constants.beat_s + HEARD_SLACK_S
     name = beat.info.worker

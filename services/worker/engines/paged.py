@@ -119,6 +119,12 @@ class PagedEngine:
         self._left: list[LeaseEnd] = []
         self._budget = chunk_tokens
         self._prefill_first = False
+        self._separate = model.device.type == "cpu"
+        """Prefill and decodes take turns instead of sharing an iteration. A CPU is busy with a
+        hundred rows as it is, so that decodes beside a chunk are not cheaper than after it, and
+        the first token comes earlier."""
+        self._prefilled = False
+        """The last iteration was prefill alone."""
         self._turn = 0
         """Of the iterations, for those of more decodes than have room in one."""
         self._sampled: list[Sequence] = []
@@ -238,7 +244,7 @@ class PagedEngine:
             self._sequences.values(),
             budget=self._budget,
             rows_max=self._rows_max,
-            prefill_first=self._prefill_first,
+            prefill_first=self._prefill_first or (self._separate and not self._prefilled),
             find=self._leases.find,
             awaited=self._leases.awaited,
             turn=self._turn,
@@ -246,6 +252,7 @@ class PagedEngine:
         self._turn += 1
         if not shares:
             return StepReport(left=left)
+        self._prefilled = not any(share.sequence.decodes for share in shares)
         began = time.perf_counter()
         with self._device_errors(), torch.inference_mode():
             shares = [self._limited(share) for share in shares]

@@ -102,7 +102,7 @@ class KernelAttention:
     def __init__(self, cache: KvCache, threads: int = 1) -> None:
         from services.worker.paged import kernels
 
-        self._cache = cache
+        self.cache = cache
         self._kernels = kernels
         self._pool = ThreadPoolExecutor(threads, "attention") if threads > 1 else None
         self._threads = threads
@@ -124,7 +124,7 @@ class KernelAttention:
         cap: float = 0.0,
     ) -> Tensor:
         """See Attention."""
-        now, stored = self._now, self._cache.layers[layer]
+        now, stored = self._now, self.cache.layers[layer]
         assert now is not None
         q, k, v = (part.float().contiguous() for part in (query, keys, values))
         self._kernels.write_kv(
@@ -132,6 +132,11 @@ class KernelAttention:
         )
         out = self._attend(layer, q.flatten(1).numpy(), q, k, v, scale, window, cap)
         return out.to(query.dtype)
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether rows are shared out to several threads."""
+        return self._pool is not None
 
     def attend_joined(
         self,
@@ -145,11 +150,10 @@ class KernelAttention:
     ) -> Tensor:
         """Queries, keys and values in one [rows, (heads + 2 kv_heads) x size], neither normed nor
         rotated; float32. They are changed in place. `only`: the answer is of these rows."""
-        now, stored = self._now, self._cache.layers[layer]
+        now, stored = self._now, self.cache.layers[layer]
         assert now is not None
-        joined = qkv.numpy()
         self._kernels.prepare(
-            joined,
+            qkv.numpy(),
             heads,
             rotation.q_norm,
             rotation.k_norm,
@@ -161,6 +165,21 @@ class KernelAttention:
             stored.keys_view,
             stored.values_view,
         )
+        return self.attend_stored(layer, qkv, heads, scale, window, only)
+
+    def attend_stored(
+        self,
+        layer: int,
+        qkv: Tensor,
+        heads: int,
+        scale: float,
+        window: int,
+        only: Ints | None = None,
+    ) -> Tensor:
+        """The same, of queries and keys that are rotated, and keys and values in the cache."""
+        now, stored = self._now, self.cache.layers[layer]
+        assert now is not None
+        joined = qkv.numpy()
         kv_heads, size = stored.keys.shape[1:]
         if only is not None:
             out = torch.empty((len(only), heads, size))
@@ -194,7 +213,7 @@ class KernelAttention:
         )
         for chunk in now.chunks:
             out[chunk.begin : chunk.end] = attend_chunk(
-                self._cache, layer, now, chunk, q, k, v, scale, window, cap
+                self.cache, layer, now, chunk, q, k, v, scale, window, cap
             )
         return out
 
@@ -210,7 +229,7 @@ class KernelAttention:
         out: Tensor,
     ) -> None:
         """The first rows of `flat` and `out`, one for each of `seats`, by the kernel."""
-        now, stored, rows = self._now, self._cache.layers[layer], len(seats)
+        now, stored, rows = self._now, self.cache.layers[layer], len(seats)
         assert now is not None
         if not rows:
             return
@@ -222,7 +241,7 @@ class KernelAttention:
             flat,
             stored.keys_view,
             stored.values_view,
-            self._cache.block_tokens,
+            self.cache.block_tokens,
             now.tables,
             seats,
             contexts,

@@ -1,15 +1,14 @@
-"""Linear layers for the CPU: weights laid out anew for oneDNN, once, when the model is loaded.
+"""Linear layers for the CPU: weights laid out anew, once, when the model is loaded.
 
 PyTorch's own `linear` hands row-major weights to MKL, which is far from the machine's rate where
-rows are few: 17 ms against 9 for all layers of a 29-million model at 8 rows, 30 against 18 at 32
-(one AVX-512 core; `python -m bench.steps`). For few rows tiles of our own are faster still
-(`tiles.py`). They want weights as they were, so that both copies are kept where memory is ample.
-Optional: int8, weights with one scale an output and activations with one a call: a third to a
-quarter of the time.
+rows are few. On one core float32 goes through tiles of our own (`tiles.py`), which are ahead of
+oneDNN at every number of rows that was tried. oneDNN, on its own layout, does the rest: several
+threads, and bfloat16, where a processor may have instructions for it; there the tiles help with few
+rows if memory is ample enough for both copies. Optional: int8, weights with one scale an output and
+activations with one a call.
 """
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,76 @@ import torch
 from torch import Tensor, nn
 
 from services.worker.memory import device_memory
+from services.worker.paged import tiles
 
 ROWS_HINT = 32
-"""The layout hardly depends on it; all row counts run on one copy."""
-PLAIN_SHARE_MAX = 0.2
+"""oneDNN's layout hardly depends on it; all row counts run on one copy."""
+TILED_ROWS_MAX = 12
+"""Of bfloat16."""
+BOTH_SHARE_MAX = 0.2
 """Of the free memory, for a second copy of the weights."""
+
+Arrays = tuple[Any, Any]
+"""Panels and bias of `tiles.multiply`."""
+
+
+class Arena:
+    """One piece of memory that panels are laid into, one behind the other."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """With room for all linear layers of a network."""
+        weights = [m.weight for m in network.modules() if type(m) is nn.Linear]
+        numbers = sum(tiles.panels_size(weight) for weight in weights)
+        self._whole = torch.empty(numbers, dtype=weights[0].dtype if weights else None)
+        self._used = 0
+
+    def place(self, weight: Tensor) -> Any:
+        """Its panels."""
+        end = self._used + tiles.panels_size(weight)
+        assert end <= len(self._whole), "the arena was made for less"
+        panels = tiles.lay_panels(weight, self._whole[self._used : end])
+        self._used = end
+        return panels
+
+
+class TiledLinear(nn.Module):
+    """x W^T + b in float32, on one core."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, arena: Arena | None = None) -> None:
+        """weight: [outputs, inputs] that `tiles.fits`, float32 or bfloat16."""
+        super().__init__()
+        weight = weight.detach()
+        self.out_features, self.in_features = weight.shape
+        panels = tiles.lay_panels(weight) if arena is None else arena.place(weight)
+        none = np.empty(0, np.float32)
+        self.arrays: Arrays = (
+            panels,
+            none if bias is None else bias.detach().float().numpy().copy(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., inputs], contiguous rows, float32."""
+        rows = self.wide(x.reshape(-1, self.in_features))
+        return rows.view(*x.shape[:-1], self.out_features)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x [rows, inputs]."""
+        out = torch.empty((len(x), self.out_features))
+        tiles.multiply(x.numpy(), *self.arrays, out.numpy())
+        return out
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b, float32 or bfloat16, on a packed copy of W, and W itself if `plain`."""
+    """x W^T + b by oneDNN, float32 or bfloat16; few rows by tiles if `both`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, plain: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        both: bool = False,
+        arena: Arena | None = None,
+    ) -> None:
         """weight: [outputs, inputs]."""
         super().__init__()
         weight = weight.detach().contiguous()
@@ -35,22 +93,16 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
         self._bias = None if bias is None else bias.detach().clone()
         self._dtype = weight.dtype
-        self._multiply: Callable[..., None] | None = None
-        self._few_rows = 0
-        if plain:
-            from services.worker.paged.tiles import FEW_ROWS, LANES, multiply
+        few = both and tiles.fits(weight)
+        self._tiled = TiledLinear(weight, bias, arena) if few else None
 
-            if self.in_features % LANES == 0:
-                self._multiply, self._few_rows = multiply, FEW_ROWS
-            self._plain = _array(weight)
-            self._plain_bias: Any = (
-                np.empty(0, np.float32) if bias is None else bias.detach().float().numpy().copy()
-            )
+    @property
+    def arrays(self) -> Arrays | None:
+        """For few rows."""
+        return None if self._tiled is None else self._tiled.arrays
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs], contiguous rows, of the weights' type."""
-        if self._dtype == torch.float32 and self._few(x):
-            return self.wide(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._packed, self._bias, "none", [], ""
         )
@@ -58,17 +110,9 @@ class PackedLinear(nn.Module):
 
     def wide(self, x: Tensor) -> Tensor:
         """x [rows, inputs] and the product in float32, whatever the weights are."""
-        if self._few(x) and self._multiply is not None:
-            out = torch.empty((len(x), self.out_features))
-            self._multiply(x.numpy(), self._plain, self._plain_bias, out.numpy())
-            return out
-        if self._dtype == torch.float32:
-            return self.forward(x)
+        if self._tiled is not None and 0 < len(x) <= TILED_ROWS_MAX:
+            return self._tiled.wide(x)
         return self.forward(x.to(self._dtype)).float()
-
-    def _few(self, x: Tensor) -> bool:
-        rows = x.numel() // self.in_features
-        return 0 < rows <= self._few_rows and not _several_threads()
 
 
 class Int8Linear(nn.Module):
@@ -100,32 +144,32 @@ class Int8Linear(nn.Module):
         return found
 
 
-Fast = PackedLinear | Int8Linear
+Fast = TiledLinear | PackedLinear | Int8Linear
 
 
 def pack(
-    weight: Tensor, bias: Tensor | None = None, *, int8: bool = False, plain: bool = False
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    int8: bool = False,
+    both: bool = False,
+    arena: Arena | None = None,
 ) -> Fast:
-    """The fast form of a linear layer; weight [outputs, inputs]."""
-    return Int8Linear(weight, bias) if int8 else PackedLinear(weight, bias, plain=plain)
+    """The fast form of a linear layer; weight [outputs, inputs]. `both`: there is memory for two
+    copies. Decided by the number of threads that PyTorch has now."""
+    if int8:
+        return Int8Linear(weight, bias)
+    alone = torch.get_num_threads() == 1
+    if alone and weight.dtype == torch.float32 and tiles.fits(weight):
+        return TiledLinear(weight, bias, arena)
+    return PackedLinear(weight, bias, both=both and alone, arena=arena)
 
 
-def plain_fits(network: nn.Module) -> bool:
+def both_fit(network: nn.Module) -> bool:
     """Whether there is memory for a second copy of all weights."""
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     free, _ = device_memory(torch.device("cpu"))
-    return size <= free * PLAIN_SHARE_MAX
-
-
-def _several_threads() -> bool:
-    """The tiles have one; oneDNN takes all."""
-    return torch.get_num_threads() > 1
-
-
-def _array(weight: Tensor) -> Any:
-    """The same memory; bfloat16 as int16."""
-    bits = weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
-    return bits.numpy()
+    return size <= free * BOTH_SHARE_MAX
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -137,12 +181,12 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def pack_layers(network: nn.Module, *, int8: bool = False, plain: bool = False) -> int:
+def pack_layers(network: nn.Module, *, int8: bool = False) -> int:
     """Put fast forms in the place of all linear layers of a transformers model; returns how many.
     The model can then only be run, not trained or saved."""
     from transformers.pytorch_utils import Conv1D
 
-    packed = 0
+    both, packed = both_fit(network), 0
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) not in (nn.Linear, Conv1D):
@@ -151,6 +195,6 @@ def pack_layers(network: nn.Module, *, int8: bool = False, plain: bool = False) 
             if can_pack(weight):
                 rows = weight if type(child) is nn.Linear else weight.t()
                 bias = None if child.bias is None else child.get_parameter("bias")
-                setattr(parent, name, pack(rows, bias, int8=int8, plain=plain))
+                setattr(parent, name, pack(rows, bias, int8=int8, both=both))
                 packed += 1
     return packed

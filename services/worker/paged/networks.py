@@ -40,9 +40,9 @@ def make_network(model: LoadedModel, *, int8: bool = False, fuse: bool = True) -
         if graphed is not None:
             return graphed
     if model.device.type == "cpu":
-        from services.worker.paged.linears import pack_layers, plain_fits
+        from services.worker.paged.linears import pack_layers
 
-        pack_layers(model.network, int8=int8, plain=plain_fits(model.network))
+        pack_layers(model.network, int8=int8)
     error = check(network, model, reference)
     if error > tolerance:
         raise ModelError(

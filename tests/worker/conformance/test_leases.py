@@ -224,7 +224,8 @@ def test_decodes_wait_for_prefill_only_if_told_so(driver: Driver, prefill_first:
     before = len(driver.ids("r0"))
     driver.until_made("r1", 1)
     passed = len(driver.ids("r0")) - before
-    assert passed <= 1 if prefill_first else passed >= 4, "120 tokens, 24 at a time"
+    # 120 tokens, 24 at a time; an engine may give every other iteration to prefill alone.
+    assert passed <= 1 if prefill_first else passed >= 2
 
 
 @pytest.mark.parametrize("seed", range(4))
