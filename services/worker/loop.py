@@ -3,6 +3,10 @@
 Everything that touches the model happens here. The event loop only appends to bounded queues under
 a lock that is never held during an iteration, and hears back through `report`, which must be safe
 to call from this thread. Cancellations, renewals and parkings are applied between two iterations.
+
+Waking the event loop costs a tenth of an iteration of one row, so that what is not urgent of quick
+iterations is told together: for as long as tokens would wait to be joined anyway, and never for
+more than a part of a lease's margin. First tokens and ends are told at once.
 """
 
 import threading
@@ -15,6 +19,7 @@ import msgspec
 
 from services.worker.core.events import BatchBegan, BatchRefused, EngineStepped
 from services.worker.core.leases import LEASES_MAX
+from services.worker.core.outbox import COALESCE_S
 from services.worker.core.worker import BATCHES_MAX, QUEUE_FULL
 from services.worker.engines.api import (
     Engine,
@@ -40,6 +45,8 @@ from shared.tokens import count, pack
 
 CLOSE_S = 10.0
 """How long a closing thread may take for its last iteration."""
+HELD_SHARE = 3
+"""Of the tokens that are left when a lease is to be renewed, a third may be told late."""
 WARM_UP_PROMPTS = (8, 5)
 """Input tokens of the rows of the first slice, which only warms caches and allocators."""
 
@@ -83,7 +90,8 @@ class _Begun:
 class EngineThread:
     """See the module's text. All methods but `_run`'s are called from the event loop."""
 
-    def __init__(self, make: Callable[[], Engine], report: Callable[[Report], None]) -> None:
+    def __init__(self, make: Callable[[], Engine], report: Callable[..., None]) -> None:
+        """report: called with one or more `Report`s."""
         self._make = make
         self._report = report
         self._changed = threading.Condition()
@@ -98,6 +106,10 @@ class EngineThread:
         """Closed batches; only the thread uses it."""
         self._leases: dict[str, int] = {}
         """Leased requests in the engine, and their attempts; only the thread uses it."""
+        self._held: list[Report] = []
+        """Of the thread, to be told together; without a thread of its own nothing is held."""
+        self._held_max = 0
+        self._told_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -178,10 +190,13 @@ class EngineThread:
             finally:
                 engine.close()
         except BaseException as error:
+            self._tell_held()
             self._report(EngineFailed(error))
 
     def _turn(self, engine: Engine) -> bool:
         """Wait for something to do, then do it. False once the thread shall end."""
+        if not engine.busy:
+            self._tell_held()
         with self._changed:
             while not (self.has_news or engine.busy):
                 self._changed.wait()
@@ -198,6 +213,8 @@ class EngineThread:
             parks, self._parks = self._parks, {}
             renewals, self._renewals = self._renewals, {}
             starting = self._startable(engine)
+        if cancels or starting:
+            self._tell_held()
         for request_id, attempt in cancels.items():
             self._cancel_begun(engine, request_id, attempt)
         for waiting in starting:
@@ -267,7 +284,9 @@ class EngineThread:
             return
         if order.form == "leased":
             self._leases.update((o.spec.request_id, o.attempt) for o in order.orders)
+            self._held_max = order.margin_tokens // HELD_SHARE
         else:
+            self._held_max = 0
             self._begun[order.batch_id] = _Begun(order, queue_s, waiting.withdrawn)
         self._report(BatchBegan(order.batch_id, engine.memory(), queue_s))
 
@@ -279,14 +298,27 @@ class EngineThread:
             return
         if report.ended:
             report = replace(report, ended=tuple(self._end(end) for end in report.ended))
-            self._report(EngineStepped(report, engine.memory()))
+            self._stepped(report, engine.memory())
         elif report.tokens or report.left or report.prefill_s:
             # A chunk of a long prompt makes no token, but its time counts.
             self._forget_ended(report)
-            self._report(EngineStepped(report, None if self._begun else engine.memory()))
+            self._stepped(report, None if self._begun else engine.memory())
+
+    def _stepped(self, report: StepReport, memory: WorkerMemory | None) -> None:
+        self._held.append(EngineStepped(report, memory))
+        full = len(self._held) > self._held_max or self._thread.ident is None
+        if full or _is_urgent(report) or time.monotonic() - self._told_at >= COALESCE_S:
+            self._tell_held()
+
+    def _tell_held(self) -> None:
+        held, self._held = self._held, []
+        self._told_at = time.monotonic()
+        if held:
+            self._report(*held)
 
     def _lose_all(self, reason: str, memory: WorkerMemory) -> None:
         """The engine dropped all that ran. What leases have made is good."""
+        self._tell_held()
         for batch in self._begun.values():
             self._report(BatchRefused(batch.order, reason, memory))
         self._begun.clear()
@@ -340,6 +372,12 @@ def warm_up(engine: Engine) -> None:
         return
     while engine.busy:
         engine.step()
+
+
+def _is_urgent(report: StepReport) -> bool:
+    """Somebody waits for a first token, or something ended."""
+    told = any(t.finish_reason is not None or not t.position for t in report.tokens)
+    return bool(told or report.ended or report.left)
 
 
 def _nothing() -> None:

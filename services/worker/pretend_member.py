@@ -96,9 +96,10 @@ class Member:
         else:
             self.due_at = min(deadline, self._engine_at)
 
-    def _on_report(self, report: Report) -> None:
-        assert not isinstance(report, EngineReady | EngineFailed), "its engine has no thread"
-        self._reports.append(report)
+    def _on_report(self, *reports: Report) -> None:
+        for report in reports:
+            assert not isinstance(report, EngineReady | EngineFailed), "its engine has no thread"
+            self._reports.append(report)
 
     def _take_reports(self, now: float) -> list[Outgoing]:
         out: list[Outgoing] = []

@@ -109,10 +109,10 @@ class _Shell:
         self._shown_at = float("-inf")
         self._lease_spans = LeaseSpans(telemetry.tracer, settings.name)
 
-    def report_from_thread(self, report: Report) -> None:
+    def report_from_thread(self, *reports: Report) -> None:
         """Called by the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._put, report)
+            self._loop.call_soon_threadsafe(self._put, *reports)
         except RuntimeError:
             return  # the event loop is closed: nobody listens any more
 
@@ -171,8 +171,8 @@ class _Shell:
 
     # ------------------------------------------------------------------------- events in
 
-    def _put(self, event: Event | Report) -> None:
-        self._events.append(event)
+    def _put(self, *events: Event | Report) -> None:
+        self._events.extend(events)
         self._stirred.set()
 
     async def _on_delivery(self, delivery: Delivery) -> None:
