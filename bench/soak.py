@@ -191,8 +191,8 @@ def memory_of(samples: list[Rss], seconds: float) -> dict[str, Memory]:
 
 
 def failures_of(result: Result) -> list[str]:
-    """What is not as it should be; the broker's memory is told and not judged: it comes and goes
-    with its own garbage collection."""
+    """What is not as it should be; the broker's memory is told and not judged: it grows until its
+    write-ahead log is full, and falls again (deploy/rabbitmq/tranche.conf)."""
     found = [
         f"{stage} grew by {grown:.1%}"
         for stage, grown in result.growth.items()

@@ -229,7 +229,8 @@ class Broker:
             "management.tcp.ip = 127.0.0.1\n"
             f"management.tcp.port = {self.port + 1}\n"
             "vm_memory_high_watermark.absolute = 1GB\n"
-            "disk_free_limit.absolute = 50MB\n" + self.settings
+            "disk_free_limit.absolute = 50MB\n"
+            "raft.wal_max_size_bytes = 33554432\n" + self.settings
         )
         (self.folder / "enabled_plugins").write_text("[rabbitmq_management].\n")
 
