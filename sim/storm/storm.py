@@ -186,6 +186,8 @@ class Storm:
 
     def _start(self, process: StormWorker | Gateway | Estimator) -> None:
         self.processes.append(process)
+        if isinstance(process, StormWorker) and self.broker.weather is not CALM:
+            self.excuse(process)
         process.start()
         if not self.broker.up:
             self.broker.cut(process)
@@ -206,6 +208,8 @@ class Storm:
         plan, world = self.plan, self.world
         start = world.now
         self.broker.weather = plan.weather
+        if plan.harsh:
+            self.excuse_all()  # any word may be lost from now on, with or without a fault
         for wish in plan.wishes:
             world.at(start + wish.at, self._call, wish)
         for fault in plan.faults:

@@ -41,6 +41,18 @@ def test_a_lease_that_ends_while_a_new_leader_collects_is_not_taken_over() -> No
     assert not _renewals(bench.after(1.5))
 
 
+def test_a_deposed_leader_drops_nothing_that_its_successor_placed() -> None:
+    """Seed 5138: one that was stopped for seconds read on, dropped what it had just placed there,
+    and still counted it."""
+    bench = bench_of("past-future")
+    join(bench)
+    (run,) = placed(bench.say(submit(max_tokens=100)) + bench.after(0.01))
+    assert run.epoch == 1
+    of_successor = replace(told(made(2_000_001, 0, 9)), epoch=2)
+    assert bench.say(of_successor) == []
+    assert bench.core.books.requests.open["r1"].worker == "w1"
+
+
 def test_a_drop_that_was_lost_is_said_again_for_a_request_that_was_cancelled() -> None:
     """Seed 1055: its lease was held until nobody had renewed it for thirty seconds."""
     bench = bench_of("past-future")

@@ -21,6 +21,8 @@ WORKERS_OWN_REASONS = ("draining", "queue full")
 
 def slice_done(books: Books, event: SliceDone, now: float) -> None:
     """A batch ended. What does not match the books is a repeat, or late: ignored."""
+    if event.epoch > books.epoch:
+        return  # it follows a newer leader, whose placements are none of ours to end
     worker = books.workers.active.get(event.worker)
     batch = None
     if worker is not None:
