@@ -209,8 +209,9 @@ class Park(Message, frozen=True, kw_only=True):
     worker: str
     request_id: str
     attempt: int
-    reason: Literal["memory", "reader"] = "memory"
-    """For traces and journals: no blocks for the next leases, or its client is behind."""
+    reason: Literal["memory", "reader", "share"] = "memory"
+    """For traces and journals: no blocks for the next leases; its client is behind; its tenant runs
+    more than its share."""
 
 
 class Drop(Message, frozen=True, kw_only=True):
@@ -326,12 +327,35 @@ class Finished(Message, frozen=True, kw_only=True):
     reason: FinishReason
 
 
+class PredictionWanted(Message, frozen=True, kw_only=True):
+    """How long will this output be? For an estimator with a predictor (`LengthForecast.predicts`),
+    about a new request that came without a prediction and does not wait for the answer."""
+
+    epoch: int
+    request_id: str
+    model: str
+    endpoint: str = "completions"
+    tenant: str = "default"
+    prompt: bytes
+    """Packed ids."""
+    max_tokens: int
+
+
+class LengthPredicted(Message, frozen=True, kw_only=True):
+    """What the predictor says. Key: request_id; the first one counts."""
+
+    request_id: str
+    output_tokens: int
+
+
 class LengthForecast(Message, frozen=True, kw_only=True):
     """The estimator's current knowledge, sent to the scheduler after changes, every few seconds
     at most, and when a scheduler takes over."""
 
     version: int
     classes: tuple[LengthClass, ...]
+    predicts: bool = False
+    """There is a predictor: it may be asked about new requests."""
 
 
 # ------------------------------------------------------------------------- from the shell, local
@@ -361,10 +385,11 @@ ToScheduler = (
     | WorkerBeat
     | WorkerBeats
     | LengthForecast
+    | LengthPredicted
 )
 ToGateway = Recall | Accepted | Rejected | SchedulerBeat | TokenBatch
 ToWorker = RunSlice | Park | Drop | SendTokens | DrainWorker | SchedulerBeat | FinishAck
-ToEstimator = Finished | SchedulerBeat
+ToEstimator = Finished | PredictionWanted | SchedulerBeat
 
 SchedulerEvent = ToScheduler | OrderReturned | Elected
 SchedulerCommand = (
@@ -378,6 +403,7 @@ SchedulerCommand = (
     | Rejected
     | SchedulerBeat
     | Finished
+    | PredictionWanted
 )
 AnyMessage = ToScheduler | ToGateway | ToWorker | ToEstimator | OrderReturned | Elected
 

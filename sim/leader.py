@@ -13,6 +13,7 @@ from shared.messages import (
     Elected,
     Finished,
     OrderReturned,
+    PredictionWanted,
     Recall,
     Rejected,
     SchedulerBeat,
@@ -176,6 +177,8 @@ class Leader:
             case SchedulerBeat():
                 for receiver in [*places.workers.values(), *places.gateways.values()]:
                     carry(command, receiver.receive)
+            case PredictionWanted():
+                pass  # the simulated estimator has no predictor
             case Recall() | Accepted() | Rejected():
                 gateway = places.gateways.get(command.gateway)
                 if gateway is not None:

@@ -214,7 +214,9 @@ def policies(names: Sequence[str]) -> list[str]:
         raise typer.BadParameter(str(error), param_hint="--policy") from error
 
 
-def constants(pairs: Iterable[str], slice_tokens: int | None) -> dict[str, int | float | bool]:
+def constants(
+    pairs: Iterable[str], slice_tokens: int | None
+) -> dict[str, int | float | bool | str]:
     """What `--set` and `--slice-tokens` change, with its types. Raises typer.BadParameter."""
     texts = dict(_pairs(pairs))
     if slice_tokens is not None:

@@ -19,7 +19,7 @@ UNHURRIED = Patience(gap_s=1.0, silence_s=1e6, first_silence_s=1e6)
 """In calm weather nothing is lost, and gateways need not ask. Tokens are only sent with reports,
 so a long lease looks like a silence."""
 NO_SLO = Slo()
-Value = int | float | bool
+Value = int | float | bool | str
 
 
 @dataclass(frozen=True, slots=True)

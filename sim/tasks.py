@@ -23,7 +23,7 @@ class Fixed:
     slo: Slo
     kv_tokens: int | None = None
     max_tokens: int | None = None
-    constants: Mapping[str, int | float | bool] = field(default_factory=dict)
+    constants: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """What the estimator shows on /metrics: the history's shape, and how its work goes."""
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.estimator.core.history import History
+from services.estimator.predictor import Counts
 from shared.telemetry.metrics import MESSAGE_SECONDS
 
 
@@ -48,6 +51,13 @@ class EstimatorMetrics:
             ("result",),
             registry=registry,
         )
+        self.predictions = Counter(
+            "tranche_estimator_predictions_total",
+            "Questions to the predictor, by result.",
+            ("result",),
+            registry=registry,
+        )
+        self._predicted = Counts()
         self._history = Gauge(
             "tranche_estimator_history_requests",
             "Requests in the window.",
@@ -84,6 +94,12 @@ class EstimatorMetrics:
             ("model",),
             registry=registry,
         )
+
+    def show_predictor(self, counts: Counts) -> None:
+        """What became of questions since the last time."""
+        for name, count in counts.items():
+            self.predictions.labels(name).inc(count - getattr(self._predicted, name))
+        self._predicted = replace(counts)
 
     def show(self, history: History) -> None:
         """Set the gauges to the history as it is now."""

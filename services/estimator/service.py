@@ -24,11 +24,12 @@ from tenacity import (
 from services.estimator.core.history import History, fault_of
 from services.estimator.database import Database, is_damage
 from services.estimator.metrics import EstimatorMetrics
+from services.estimator.predictor import PredictorThread, load
 from services.estimator.settings import EstimatorSettings
 from shared.bus.api import Bus, BusError, Delivery
 from shared.bus.topology import ESTIMATOR_QUEUE, HISTORY, estimator_beat_queue, from_estimator
 from shared.config import SetupError
-from shared.messages import Finished, SchedulerBeat
+from shared.messages import Finished, LengthPredicted, PredictionWanted, SchedulerBeat
 from shared.telemetry.attributes import messaging_attributes
 from shared.telemetry.logs import bind_request
 from shared.telemetry.metrics import metrics_for
@@ -38,6 +39,9 @@ from shared.telemetry.tracing import TRACEPARENT, record_span
 
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
+ANSWER_DEADLINE_S = 1.0
+ANSWERS_MAX = 1_024
+"""Predictions that wait to be sent; more are not."""
 PUBLISH_DEADLINE_S = 5.0
 """A forecast is repeated anyway; an older one is not worth a longer wait."""
 
@@ -70,8 +74,10 @@ class Estimator:
         # Versions must rise over restarts too, and over a history that was lost: count on from
         # the clock, in microseconds, which no rate of requests can overtake.
         self._history = History(settings.window, version=int(time.time() * 1e6))
+        self._predictor = self._make_predictor()
         self._epoch = 0
         self._published_version = 0
+        self._answers: asyncio.Queue[LengthPredicted] = asyncio.Queue(ANSWERS_MAX)
         self._news = asyncio.Event()
         """Something to show or to say."""
         self._urgent = asyncio.Event()
@@ -80,12 +86,25 @@ class Estimator:
         self._serving = False
         self._unheard = False
 
+    def _make_predictor(self) -> PredictorThread | None:
+        """Raises SetupError."""
+        settings = self._settings
+        if not settings.predictor:
+            return None
+        return PredictorThread(
+            load(settings.predictor), settings.predictor_timeout_s, self._on_prediction
+        )
+
     async def run(self, stop: asyncio.Event) -> None:
         """Load, consume, publish; drain once `stop` is set."""
         await self._load()
+        self._loop = asyncio.get_running_loop()
+        if self._predictor is not None:
+            self._predictor.start()
         self._bus.on_reconnect(self._speak_now)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._serve_ops(stop), name="ops")
+            answering = tasks.create_task(self._answer_forever(), name="predictions")
             reports = await self._bus.consume(ESTIMATOR_QUEUE, self._on_report)
             beat_queue = estimator_beat_queue(self._telemetry.boot_id)
             beats = await self._bus.consume(beat_queue, self._on_beat)
@@ -98,6 +117,9 @@ class Estimator:
             await beats.close()
             await reports.close()
             forecasting.cancel()
+            answering.cancel()
+            if self._predictor is not None:
+                self._predictor.stop()
 
     async def _load(self) -> None:
         """The history as it was. Raises sqlite3.Error."""
@@ -132,6 +154,8 @@ class Estimator:
         is_new = not self._history.knows(finished.request_id) and await self._store(finished)
         if is_new and self._history.add(finished):
             self._metrics.finished.labels(finished.reason).inc()
+            if self._predictor is not None:
+                self._predictor.learn(finished)
             self._news.set()
         else:
             self._metrics.repeated.inc()
@@ -199,12 +223,36 @@ class Estimator:
     # ---------------------------------------------------------------------------------- forecasts
 
     async def _on_beat(self, delivery: Delivery) -> None:
-        """A scheduler took over: it knows nothing yet."""
+        """A scheduler took over: it knows nothing yet; or it asks for a prediction."""
         beat = delivery.message
+        if isinstance(beat, PredictionWanted):
+            if self._predictor is not None:
+                self._predictor.ask(beat, delivery.queue_wait_s)
+            return
         if isinstance(beat, SchedulerBeat) and beat.epoch > self._epoch:
             self._epoch = beat.epoch
             self._log.info("estimator.new_epoch", epoch=beat.epoch)
             self._speak_now()
+
+    def _on_prediction(self, wanted: PredictionWanted, output_tokens: int) -> None:
+        """In the predictor's thread."""
+        answer = LengthPredicted(request_id=wanted.request_id, output_tokens=output_tokens)
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._offer, answer)
+
+    def _offer(self, answer: LengthPredicted) -> None:
+        with suppress(asyncio.QueueFull):
+            self._answers.put_nowait(answer)
+
+    async def _answer_forever(self) -> None:
+        """Send predictions; one that does not go out is not worth another try."""
+        address = from_estimator(self._telemetry.boot_id)
+        while True:
+            answer = await self._answers.get()
+            with suppress(BusError):
+                await self._bus.publish(
+                    address, answer, deadline_s=ANSWER_DEADLINE_S, persistent=False
+                )
 
     def _speak_now(self) -> None:
         self._urgent.set()
@@ -218,6 +266,11 @@ class Estimator:
             self._news.clear()
             self._urgent.clear()
             self._metrics.show(self._history)
+            if self._predictor is not None:
+                self._metrics.show_predictor(self._predictor.counts)
+                if self._predictor.error:
+                    self._log.warning("estimator.predictor_failed", error=self._predictor.error)
+                    self._predictor.error = ""
             if is_urgent or self._history.version != self._published_version:
                 await self._publish()
             with suppress(TimeoutError):
@@ -226,7 +279,9 @@ class Estimator:
 
     async def _publish(self) -> None:
         """Send the forecast; if nobody takes it, the next turn tries again."""
-        forecast = self._history.forecast()
+        predictor = self._predictor
+        predicts = predictor is not None and not predictor.hangs
+        forecast = self._history.forecast(predicts=predicts)
         address = from_estimator(self._telemetry.boot_id)
         try:
             await self._bus.publish(

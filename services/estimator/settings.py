@@ -28,6 +28,13 @@ class EstimatorSettings(ServiceSettings):
     """How long to try again to store a request (disk full, file locked) before it goes back to
     the broker; after five times it becomes a dead letter."""
 
+    predictor: str = ""
+    """A predictor of outputs: `tenant-classes` (the median of a tenant's like prompts), or
+    module:name of a class or function that makes one (docs/operations.md); empty: none, the
+    scheduler goes by the history."""
+    predictor_timeout_s: float = Field(default=0.25, gt=0, le=10)
+    """An answer that takes longer, on its way and in the predictor, is not given."""
+
     def database_path(self) -> str:
         """Where the history is kept, or :memory:."""
         if self.database:

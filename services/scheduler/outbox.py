@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shared.bus.api import Address, Bus, BusError
 from shared.bus.topology import addresses_of
-from shared.messages import Finished, SchedulerBeat, SchedulerCommand
+from shared.messages import Finished, PredictionWanted, SchedulerBeat, SchedulerCommand
 
 IN_FLIGHT_MAX = 64
 """Publishes that wait for their confirm at once: enough to fill a broker's pipeline."""
@@ -107,7 +107,7 @@ class Outbox:
                 item.headers,
                 deadline_s=DEADLINE_S,
                 persistent=isinstance(command, Finished),
-                mandatory=not isinstance(command, SchedulerBeat),
+                mandatory=not isinstance(command, SchedulerBeat | PredictionWanted),
             )
         except BusError as error:
             self._on_error(command, error)

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from services.scheduler.core.presets import PRESETS, Preset, UnknownPreset, preset_named
-from services.scheduler.core.settings import Constants, with_overrides
+from services.scheduler.core.settings import Constants, weights_of, with_overrides
 from shared.config import ServiceSettings, settings_config
 
 LIVE = (
@@ -20,6 +20,7 @@ LIVE = (
     "memory_share",
     "waiting_max",
     "wait_max_s",
+    "tenant_weights",
 )
 """Constants that have a setting of their own."""
 
@@ -67,6 +68,9 @@ class SchedulerSettings(ServiceSettings):
     wait_max_s: float = Field(default=120.0, ge=0)
     """A new request that would wait longer than this, by prediction, is answered with 429 and the
     time until requests are taken in again; 0: never."""
+    tenant_weights: str = ""
+    """Shares of tenants beside each other, in orders that keep accounts (`volume`, `fair`):
+    NAME=WEIGHT, comma separated; all others weigh 1."""
     set: dict[str, str] = Field(default_factory=dict)
     """Any other constant of the policies, by name; an unknown name lists them all."""
 
@@ -79,6 +83,7 @@ class SchedulerSettings(ServiceSettings):
     def _known(self) -> Self:
         self.preset()
         self.constants()
+        weights_of(self.tenant_weights)
         return self
 
     def preset(self) -> Preset:

@@ -12,7 +12,7 @@ what (`shared.bus.rights`); the routing key names the sender (towards the schedu
     tranche.notices     scheduler           gateway         gateway.<boot>, or `beat`
     tranche.tokens      worker              gateway         gateway.<boot>
     tranche.asks        gateway             worker          worker.<boot>
-    tranche.history     scheduler           estimator       finished, or `beat`
+    tranche.history     scheduler           estimator       finished, or `beat` (questions too)
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,7 @@ from shared.messages import (
     FinishAck,
     Finished,
     Park,
+    PredictionWanted,
     Recall,
     Rejected,
     RunSlice,
@@ -113,7 +114,7 @@ def host_queue(host: str) -> QueueSpec:
 
 
 def estimator_beat_queue(boot_id: str) -> QueueSpec:
-    """The scheduler's beats, for an estimator: a new epoch wants a forecast."""
+    """The scheduler's beats, for an estimator: a new epoch wants a forecast; and its questions."""
     return QueueSpec(
         name=f"tranche.estimator.{boot_id}", kind="exclusive", bindings=((HISTORY, BEAT),)
     )
@@ -145,6 +146,7 @@ def addresses_of(
     | Rejected
     | SchedulerBeat
     | Finished
+    | PredictionWanted
     | TokenBatch
     | FinishAck,
 ) -> tuple[Address, ...]:
@@ -158,6 +160,8 @@ def addresses_of(
             return (Address(ORDERS, BEAT), Address(NOTICES, BEAT), Address(HISTORY, BEAT))
         case Finished():
             return (Address(HISTORY, FINISHED),)
+        case PredictionWanted():
+            return (Address(HISTORY, BEAT),)  # not durable: without an estimator nobody asks
         case TokenBatch():
             return (Address(TOKENS, f"gateway.{message.gateway}"),)
         case FinishAck():

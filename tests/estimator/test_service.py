@@ -19,7 +19,14 @@ from services.estimator.settings import EstimatorSettings
 from shared.bus.api import Address, Delivery
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.bus.topology import HISTORY, INBOX, SCHEDULER_QUEUE, addresses_of
-from shared.messages import Finished, LengthForecast, SchedulerBeat, encode
+from shared.messages import (
+    Finished,
+    LengthForecast,
+    LengthPredicted,
+    PredictionWanted,
+    SchedulerBeat,
+    encode,
+)
 from shared.telemetry import setup
 from shared.telemetry.logs import reset_logs
 from shared.telemetry.metered_bus import MeteredBus
@@ -41,16 +48,22 @@ class Mesh:
         self.scheduler = MemoryBus(self.broker)
         self.database = database
         self.forecasts: list[LengthForecast] = []
+        self.predictions: list[LengthPredicted] = []
 
     async def open(self) -> None:
         await self.scheduler.open()
         await self.scheduler.consume(SCHEDULER_QUEUE, self._on_message)
 
     async def _on_message(self, delivery: Delivery) -> None:
+        if isinstance(delivery.message, LengthPredicted):
+            self.predictions.append(delivery.message)
+            return
         assert isinstance(delivery.message, LengthForecast)
         self.forecasts.append(delivery.message)
 
-    async def tell(self, *messages: Finished | SchedulerBeat, trace: str = "") -> None:
+    async def tell(
+        self, *messages: Finished | SchedulerBeat | PredictionWanted, trace: str = ""
+    ) -> None:
         for message in messages:
             address = addresses_of(message)[-1]  # a beat's last address is the estimator's
             await self.scheduler.publish(address, message, headers_for(trace))
@@ -349,3 +362,28 @@ async def test_forecasts_go_into_the_schedulers_inbox(mesh: Mesh) -> None:
     await mesh.scheduler.consume(queue, on_message)
     async with mesh.estimator():
         await reached(lambda: keys == ["estimator.estimator-1"])
+
+
+async def test_questions_are_answered_by_the_predictor_beside_the_reports(mesh: Mesh) -> None:
+    learnt = [report(n, 7, tenant="t", prompt_tokens=3) for n in range(20)]
+    question = PredictionWanted(
+        epoch=1, request_id="asked", model="demo", tenant="t", prompt=bytes(12), max_tokens=50
+    )
+    async with mesh.estimator(predictor="tenant-classes", predictor_timeout_s=5.0):
+        await mesh.tell(*learnt)
+        await reached(lambda: bool(mesh.forecasts) and len(mesh.lengths) == 20)
+        assert mesh.forecasts[-1].predicts
+        await mesh.tell(question)
+        await reached(lambda: bool(mesh.predictions))
+    assert mesh.predictions == [LengthPredicted(request_id="asked", output_tokens=7)]
+
+
+async def test_without_a_predictor_questions_are_not_answered(mesh: Mesh) -> None:
+    question = PredictionWanted(
+        epoch=1, request_id="asked", model="demo", prompt=bytes(12), max_tokens=50
+    )
+    async with mesh.estimator():
+        await mesh.tell(question, report(1))
+        await reached(lambda: mesh.lengths == [10])
+    assert not mesh.forecasts[-1].predicts
+    assert not mesh.predictions

@@ -130,10 +130,11 @@ class History:
         middle = len(lengths) // 2
         return similarity(lengths[:middle], lengths[middle:])
 
-    def forecast(self) -> LengthForecast:
+    def forecast(self, *, predicts: bool = False) -> LengthForecast:
         """All that the scheduler wants to know; models without a length are left out."""
         return LengthForecast(
             version=self._version,
+            predicts=predicts,
             classes=tuple(
                 LengthClass(
                     model=model,

@@ -21,6 +21,7 @@ from services.scheduler.core.promises import Promises
 from services.scheduler.core.rate import Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
+from services.scheduler.core.shares import Shares
 from services.scheduler.core.shelf import Shelf
 from services.scheduler.core.state import Request
 from services.scheduler.core.waits import Door, Waits
@@ -101,6 +102,8 @@ class Books:
     gateways: dict[str, float] = field(default_factory=dict)
     """Boot id to when it was last heard."""
     collecting_until: float | None = None
+    asked: dict[str, None] = field(default_factory=dict)
+    """Requests about which the predictor was asked and has not answered."""
     claims: dict[str, list[Claim]] = field(default_factory=dict)
     forecast: LengthForecast | None = None
     beat_at: float = float("inf")
@@ -116,6 +119,8 @@ class Books:
     """How many fell silent or could not be reached; those that left are not counted."""
     evictions: int = 0
     """Leases that ended early for want of memory."""
+    shares: Shares = field(default_factory=Shares)
+    """How much each tenant has running."""
     touched: dict[str, None] = field(default_factory=dict)
     """Leased: workers where something changed since their last round."""
     resting: dict[str, Worker] = field(default_factory=dict)
@@ -155,7 +160,7 @@ class Books:
 
     def kind_of(self, request: Request) -> int:
         """The class of a request, by which its output is expected."""
-        return kind_of(request.prompt_tokens, request.spec.predicted_output_tokens)
+        return kind_of(request.prompt_tokens, request.predicted_tokens)
 
     def holds(self, worker: Worker) -> int:
         """The most tokens, prompt and output, of one request that this worker can serve. A closed
@@ -278,5 +283,6 @@ def take_forecast(books: Books, forecast: LengthForecast) -> None:
     if books.forecast is not None and forecast.version < books.forecast.version:
         return
     books.forecast = forecast
+    books.asked.clear()  # the estimator lives: what it has not answered by now was lost
     lengths = books.lengths
     books.board.set_mean_output(lengths.expected_output(max(1, lengths.longest)))

@@ -137,6 +137,8 @@ def _described(
         yield _placed(core, request, now)
     elif request.state is State.PARKING:
         cause = "its client is behind" if request.paused else "no blocks are left for all leases"
+        if request.makes_way:
+            cause = "its tenant runs more than its share"
         yield f"told to park: {cause}; {request.output_tokens} tokens made"
     else:
         yield STATES.get(request.state, request.state.value)

@@ -1,6 +1,6 @@
 """What gateways say, and what follows: submit, resume, cancel, stopped, tokens wanted, beats."""
 
-from services.scheduler.core import moves, readers
+from services.scheduler.core import foretelling, moves, readers
 from services.scheduler.core.books import ATTEMPT_MAX, Books
 from services.scheduler.core.predict import predict_output
 from services.scheduler.core.refusals import refusal
@@ -58,6 +58,7 @@ def submit(books: Books, event: Submit, now: float) -> None:
             )
         )
     moves.admit(books, request, now)
+    foretelling.ask(books, request)
 
 
 def resume(books: Books, event: Resume, now: float) -> None:

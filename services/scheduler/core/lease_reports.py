@@ -78,8 +78,9 @@ def _stopped(
 ) -> None:
     """Its KV is freed before its end: parked, evicted by the engine, or the worker is leaving."""
     parked = request.state is State.PARKING
-    if (parked and not request.paused) or result.evicted:
+    if result.evicted or (parked and not request.paused and not request.makes_way):
         moves.evicted(books, request, now)
+    request.makes_way = False
     request.refusals = 0 if made or parked or result.evicted else request.refusals + 1
     if request.refusals > books.constants.refusals_max:
         detail = result.detail or "its slices make no tokens"

@@ -22,6 +22,7 @@ from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.renewing import Round, margin_tokens, remind, renew
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
+from services.scheduler.core.yielding import hoarding, make_way
 from shared.messages import RunSlice, SliceOrder
 
 FORESEEING = frozenset({"least-predicted-peak", "max-min"})
@@ -160,6 +161,7 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
             if request.waits_for != "memory":
                 room = _room_for(books, request, round_.now)
                 reasons.waits(request, books.board.hindrance(*room))
+            make_way(books, request, hoarding(books, request), round_.now)
             break
     if books.constants.backfill_max and round_.tests_left > 0:
         _fill_up(books, round_)
@@ -170,7 +172,12 @@ def _fill_up(books: Books, round_: Round) -> None:
     overtaken too often."""
     constants = books.constants
     passed: list[Request] = []
+    crowd: frozenset[str] = frozenset()
     for request in books.lines.central.first(1 + constants.backfill_max, round_.now):
+        if not passed:
+            crowd = hoarding(books, request)
+        elif request.spec.tenant in crowd:
+            continue
         if passed and round_.tests_left > 0 and _admit_somewhere(books, request, round_):
             for other in passed:
                 other.overtaken += 1
@@ -283,7 +290,7 @@ def _member(books: Books, request: Request, made: int) -> Member:
         cap=request.spec.max_tokens,
         true_output=books.truth(request.request_id) if books.truth else 0,
         leased=made - request.output_tokens,
-        predicted=request.spec.predicted_output_tokens or 0,
+        predicted=request.predicted_tokens,
         returning=request.evicted_at > 0,
     )
 

@@ -22,6 +22,10 @@ def _move(
     if tokens is not None:
         request.tokens = tokens
     books.requests.move(request, cause, now)
+    if request.state in HELD and before not in HELD:
+        books.shares.took(request.spec.tenant)
+    elif before in HELD and request.state not in HELD:
+        books.shares.gave_back(request.spec.tenant)
     if request.state is State.WAITING:
         reasons.begins_to_wait(request, cause, now)
     if before is State.PARKING and request.state is not State.PARKING:
@@ -128,6 +132,7 @@ def hold(
 ) -> None:
     """It is on this worker under this attempt, newly placed or found there after a takeover."""
     _move(books, request, cause, now)
+    request.makes_way = False
     request.attempt, request.worker, request.batch_id = attempt, worker, batch_id
     request.placements.append(Placement(request.output_tokens, worker, attempt))
 
@@ -197,7 +202,7 @@ def finish(
             prompt_tokens=request.prompt_tokens,
             output_tokens=output_tokens,
             max_tokens=spec.max_tokens,
-            predicted_output_tokens=spec.predicted_output_tokens,
+            predicted_output_tokens=request.predicted_tokens or None,
             reason=reason,
         )
     )
@@ -232,6 +237,12 @@ def park(books: Books, request: Request, now: float) -> None:
     say_park(books, request)
 
 
+def _parked_for(request: Request) -> Literal["memory", "reader", "share"]:
+    if request.paused:
+        return "reader"
+    return "share" if request.makes_way else "memory"
+
+
 def say_park(books: Books, request: Request) -> None:
     """The order itself; repeated until it is answered."""
     books.send(
@@ -240,7 +251,7 @@ def say_park(books: Books, request: Request) -> None:
             worker=request.worker,
             request_id=request.request_id,
             attempt=request.attempt,
-            reason="reader" if request.paused else "memory",
+            reason=_parked_for(request),
         )
     )
 

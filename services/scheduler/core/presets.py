@@ -14,7 +14,7 @@ from services.scheduler.core.variants import UnknownAnswer, check, spelled
 from shared.messages import Form
 
 Binding = Literal["late", "early"]
-Value = int | float | bool
+Value = int | float | bool | str
 NOTHING: Mapping[str, Value] = MappingProxyType({})
 
 

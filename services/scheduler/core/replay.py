@@ -28,7 +28,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A leadership begins, with this policy."""
 
     policy: str
-    constants: dict[str, int | float | bool]
+    constants: dict[str, int | float | bool | str]
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):

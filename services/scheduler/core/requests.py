@@ -31,7 +31,12 @@ class Requests:
     def open_new(self, spec: RequestSpec) -> Request:
         """A record in state NEW."""
         self.taken += 1
-        request = Request(spec=spec, number=self.taken, prompt_tokens=tokens.count(spec.prompt))
+        request = Request(
+            spec=spec,
+            number=self.taken,
+            prompt_tokens=tokens.count(spec.prompt),
+            predicted_tokens=spec.predicted_output_tokens or 0,
+        )
         self.open[spec.request_id] = request
         return request
 

@@ -11,7 +11,14 @@ equal commands. Nothing here reads a clock or draws a number.
 
 from collections.abc import Callable
 
-from services.scheduler.core import gateway_events, refusals, takeover, watch, worker_events
+from services.scheduler.core import (
+    foretelling,
+    gateway_events,
+    refusals,
+    takeover,
+    watch,
+    worker_events,
+)
 from services.scheduler.core.books import Books, new_books, take_forecast
 from services.scheduler.core.leasing import lease_round
 from services.scheduler.core.presets import Preset
@@ -22,6 +29,7 @@ from shared.messages import (
     Elected,
     GatewayBeat,
     LengthForecast,
+    LengthPredicted,
     OrderReturned,
     Reading,
     Resume,
@@ -143,5 +151,7 @@ def _happened(books: Books, event: SchedulerEvent, now: float) -> None:
             worker_events.worker_lost(books, event.worker, now)
         case LengthForecast():
             take_forecast(books, event)
+        case LengthPredicted():
+            foretelling.predicted(books, event, now)
         case Elected():
             pass

@@ -181,6 +181,14 @@ class Constants:
     """`fair`: price of a prefilled token, as in VTC [C]."""
     fair_output_weight: float = 2.0
     """`fair`: price of a made token, as in VTC [C]."""
+    tenant_weights: str = ""
+    """`fair` and `volume`: NAME=WEIGHT, comma separated; a tenant of weight 2 is given twice as
+    much as one of weight 1, which all others have [T]."""
+    hoard_deviations: float = 0.0
+    """`fair` and `volume`: a tenant that runs more than its share by so many standard deviations of
+    chance makes way for a head that cannot start, of one that runs less; 0: nobody does [T]."""
+    yields_max: int = 3
+    """How often one request makes way so [T]."""
     larry_boost: float = 1.0
     """`larry`: beta per waiting request; 0 is first come, first served [T]. With 1, a queue of
     prefills at 0.97 load waits 0.55x as long as that on average, HRRN 0.56x, p99 alike (one server,
@@ -280,7 +288,7 @@ def known_names() -> list[str]:
 
 def with_overrides(constants: Constants, overrides: Mapping[str, str]) -> Constants:
     """`constants` with text values put in. Raises UnknownConstant, naming what is known."""
-    changes: dict[str, int | float | bool] = {}
+    changes: dict[str, int | float | bool | str] = {}
     for name, text in overrides.items():
         if name not in known_names():
             near, known = did_you_mean(name, known_names()), ", ".join(known_names())
@@ -295,7 +303,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _parse(name: str, text: str, kind: type) -> int | float | bool:
+def weights_of(text: str) -> dict[str, float]:
+    """Tenants' weights from NAME=WEIGHT, comma separated. Raises UnknownConstant."""
+    weights = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        tenant, _, number = part.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not tenant or not 0 < weight < float("inf"):
+            raise UnknownConstant(
+                f"tenant_weights wants NAME=WEIGHT with a weight above 0, not {part!r}"
+            )
+        weights[tenant] = weight
+    return weights
+
+
+def _parse(name: str, text: str, kind: type) -> int | float | bool | str:
+    if kind is str:
+        weights_of(text)
+        return text
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]

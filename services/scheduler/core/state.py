@@ -102,6 +102,8 @@ class Request:
     """When it came into its state."""
     arrived_at: float = 0.0
     """When it was first heard of here."""
+    predicted_tokens: int = 0
+    """The output that its client or the estimator's predictor expects; 0: nobody said."""
     predicted_start_s: float = 0.0
     """What was told of its first token, from `arrived_at` on; 0: nothing."""
     predicted_finish_s: float = 0.0
@@ -142,6 +144,10 @@ class Request:
     evicted_at: float = 0.0
     """When it last lost its place for want of memory; 0: never. It comes back first."""
     evictions: int = 0
+    yields: int = 0
+    """How often it made way for a tenant that was given less (yielding.py)."""
+    makes_way: bool = False
+    """It is parked for that."""
     overtaken: int = 0
     """How often one behind it was placed in its stead since it waits."""
     placements: list[Placement] = field(default_factory=list)

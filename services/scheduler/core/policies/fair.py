@@ -1,7 +1,8 @@
 """Fair order: the tenant that has been given least is next, by virtual token counters (VTC).
 
 A counter per tenant rises with the service that its requests are given: `fair_input_weight` a
-prefilled token and `fair_output_weight` a made one. A tenant that had nothing waiting and comes
+prefilled token and `fair_output_weight` a made one, over
+the tenant's own weight (`tenant_weights`). A tenant that had nothing waiting and comes
 back is lifted to the least counter of those that wait, so that idleness is not saved up [C: VTC's
 artifact, as the research note reads it]. If nobody waits, it is lifted to the counter of the
 tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Inside a tenant: first
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Lane, Sorted
 from services.scheduler.core.policies.ranks import Ranked
-from services.scheduler.core.settings import Constants
+from services.scheduler.core.settings import Constants, weights_of
 from services.scheduler.core.state import Request
 
 ACCOUNTS_MAX = 8192
@@ -81,6 +82,7 @@ class Accounts:
     def __init__(self, constants: Constants) -> None:
         self._input_weight = constants.fair_input_weight
         self._output_weight = constants.fair_output_weight
+        self._weights = weights_of(constants.tenant_weights)
         self._given: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
         self._least = Rising(lambda tenant: (self.given(tenant), 0))
@@ -89,11 +91,16 @@ class Accounts:
     def given(self, tenant: str) -> float:
         return self._given.get(tenant, 0.0)
 
+    def weight(self, tenant: str) -> float:
+        """Its share beside others': a tenant of weight 2 is given twice as much."""
+        return self._weights.get(tenant, 1.0)
+
     def price(self, prefill_tokens: int, decode_tokens: int) -> float:
         return self._input_weight * prefill_tokens + self._output_weight * decode_tokens
 
     def charge(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> None:
-        self._given[tenant] = self.given(tenant) + self.price(prefill_tokens, decode_tokens)
+        price = self.price(prefill_tokens, decode_tokens) / self.weight(tenant)
+        self._given[tenant] = self.given(tenant) + price
         self._forget()
 
     def enter(self, tenant: str) -> None:
@@ -182,11 +189,11 @@ class Fair:
         turns: list[tuple[float, int, int]] = []
         requests: list[Request] = []
         for tenant, lane in lanes.items():
-            given = self._accounts.given(tenant)
+            given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
             for request in lane:
                 turns.append((given, request.number, len(requests)))
                 requests.append(request)
-                given += self._accounts.price(request.input_tokens, 0)
+                given += self._accounts.price(request.input_tokens, 0) / weight
         return [requests[index] for _, _, index in sorted(turns)]
 
     def __len__(self) -> int:
@@ -219,6 +226,12 @@ class FairQueue(Ranked):
 
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
+
+    def given(self, tenant: str) -> float:
+        return self._accounts.given(tenant)
+
+    def weight(self, tenant: str) -> float:
+        return self._accounts.weight(tenant)
 
     def _lane(self) -> Lane:
         return Fair(self._accounts)

@@ -38,6 +38,12 @@ class Queue(Protocol):
         """Service that a request has been given, here or after it left. Only `fair` keeps
         accounts; prefill is to be charged at placement, before the next head is asked for."""
 
+    def given(self, tenant: str) -> float:
+        """Weighted service that this tenant was given; 0 where nobody keeps accounts."""
+
+    def weight(self, tenant: str) -> float:
+        """Its share beside others'; 0 where nobody keeps accounts."""
+
     def __len__(self) -> int: ...
 
 

@@ -69,6 +69,14 @@ class Ranked:
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Nobody keeps accounts."""
 
+    def given(self, tenant: str) -> float:
+        """Nobody keeps accounts."""
+        return 0.0
+
+    def weight(self, tenant: str) -> float:
+        """Nobody keeps accounts."""
+        return 0.0
+
     def _rank(self, request: Request, now: float) -> Rank:
         victim = self._victims_first and request.evicted_at > 0
         return (request.spec.priority, not victim, False)

@@ -120,6 +120,12 @@ class StandingQueue(Ranked):
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
 
+    def given(self, tenant: str) -> float:
+        return self._accounts.given(tenant)
+
+    def weight(self, tenant: str) -> float:
+        return self._accounts.weight(tenant)
+
     def _tidy(self, now: float) -> None:
         """Put off a few that are late, so that a head need not do it for all at once."""
         for _ in range(TIDIED):

@@ -71,7 +71,7 @@ def farthest_end(running: Sequence[Request], lengths: LengthModel, constants: Co
     made = np.array([r.output_tokens for r in running], dtype=np.int64)
     prompt = np.array([r.prompt_tokens for r in running], dtype=np.int64)
     cap = np.array([r.spec.max_tokens for r in running], dtype=np.int64)
-    told = np.array([r.spec.predicted_output_tokens or 0 for r in running], dtype=np.int64)
+    told = np.array([r.predicted_tokens for r in running], dtype=np.int64)
     left = lengths.survival.expected(made, cap, kinds_of(prompt, told))
     scores = left / np.maximum(1, prompt + made) ** constants.victim_kv_exponent
     urgency = np.array([r.spec.priority for r in running])
