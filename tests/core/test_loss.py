@@ -223,8 +223,9 @@ def test_wanted_tokens_are_asked_of_the_worker_that_made_them() -> None:
     assert wanted(16) == [SendTokens(epoch=1, worker="w2", request_id="r1", attempt=2, position=16)]
     bench.say(done(second, finish="stop"))
     assert wanted(20) == [SendTokens(epoch=1, worker="w2", request_id="r1", attempt=2, position=20)]
-    bench.say(OrderReturned(worker="w2"))
-    assert wanted(20) == [Recall(epoch=1, gateway="g1", request_id="r1", attempt=2)]
+    recall = Recall(epoch=1, gateway="g1", request_id="r1", attempt=2)
+    assert bench.say(OrderReturned(worker="w2")) == [recall], "its answer will not come"
+    assert wanted(20) == []
     bench.join("w3")
     (again,) = bench.say(Resume(spec=spec_of(), attempt=2, tokens=tokens.pack(range(20))))
     assert isinstance(again, RunSlice)
@@ -239,6 +240,16 @@ def test_a_worker_that_never_answers_is_asked_three_times() -> None:
     event = TokensWanted(gateway="g1", request_id="r1", attempt=1, position=0)
     kinds = [type(command).__name__ for _ in range(4) for command in bench.say(event)]
     assert kinds == ["SendTokens"] * 3 + ["Drop", "Recall"]
+
+
+def test_tokens_that_a_lost_worker_made_are_recalled_when_they_are_missed() -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.say(done(bench.run_one(), finish="stop"))
+    assert bench.say(OrderReturned(worker="w1")) == [], "they may have arrived"
+    wanted = TokensWanted(gateway="g1", request_id="r1", attempt=1, position=3)
+    recall = Recall(epoch=1, gateway="g1", request_id="r1", attempt=1)
+    assert bench.say(wanted) == [recall]
 
 
 def no_tokens(worker: str, attempt: int, position: int) -> SliceDone:

@@ -2,21 +2,26 @@
 
 from msgspec.structs import replace
 
-from services.gateway.core.ledger import Ledger, Promised
+from services.gateway.core.ledger import Ledger, Patience, Promised
 from shared import tokens
 from shared.messages import (
     Accepted,
     Cancel,
     Drop,
+    Finished,
+    GatewayBeat,
+    OrderReturned,
     Recall,
     Renewal,
     Resident,
     Resume,
     RunSlice,
     SchedulerBeat,
+    SendTokens,
     SliceResult,
+    TokensWanted,
 )
-from tests.core.seam import Bench, spec_of, submit
+from tests.core.seam import Bench, done, spec_of, submit
 from tests.core.test_lease_faults import bench_of, join, listing, made, placed, told
 
 
@@ -78,6 +83,36 @@ def test_a_closed_batch_that_was_taken_over_is_over_although_its_request_was_can
     done = told(cancelled, batch_id="1-3")
     bench.say(replace(done, form="closed"))
     assert worker.load_s == 0.0
+
+
+def test_who_is_asked_for_tokens_and_dies_does_not_keep_a_gateway_waiting() -> None:
+    """Seed 6176: a worker was dead, but not missed yet, when the tail of an output that had ended
+    was asked of it. The gateway asked again after two minutes; by then the end was forgotten, and
+    published a second time."""
+    bench = Bench()
+    bench.join()
+    bench.say(done(bench.run_one(), finish="stop"))
+    wanted = TokensWanted(gateway="g1", request_id="r1", attempt=0, position=0)
+    assert isinstance(bench.say(wanted)[0], SendTokens)
+    for _ in range(2):
+        bench.after(1.0)
+        bench.say(GatewayBeat(gateway="g1"))
+    assert bench.core.books.workers.active == {}
+    assert "r1" in bench.core.books.requests.recalling
+    bench.join("w2")
+    (run,) = bench.say(Resume(spec=spec_of("r1"), attempt=1)) + bench.after(0.01)
+    ends = [c for c in bench.say(done(run, finish="stop")) if isinstance(c, Finished)]
+    assert (run.worker, ends) == ("w2", []), "its end is told once"
+
+
+def test_patience_begins_anew_with_a_new_line() -> None:
+    """Seed 6176: questions after two lost lines counted as two questions about one silence."""
+    ledger = Ledger("g1")
+    ledger.open(spec_of("r1"), 0.0, 1000.0)
+    for at in (1.0, 3.0, 5.0):
+        assert len(ledger.reconnected(at)) == 1
+    assert ledger.wake(30.0) == []
+    assert ledger.deadline() == 5.0 + 2 * Patience().first_silence_s
 
 
 def test_a_promise_of_a_new_leader_is_a_new_epoch() -> None:

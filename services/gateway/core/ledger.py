@@ -165,8 +165,12 @@ class Ledger:
 
     def reconnected(self, now: float) -> list[Output]:
         """The connection was lost, and messages with it perhaps: ask about all open requests; what
-        a slow reader misses is asked for when it has caught up."""
-        return [self._ask(record, now) for record in self._records.values() if not record.paused]
+        a slow reader misses is asked for when it has caught up. Questions of before may be lost
+        too, so patience begins anew."""
+        missing = [record for record in self._records.values() if not record.paused]
+        for record in missing:
+            record.asked = 0
+        return [self._ask(record, now) for record in missing]
 
     def deadline(self) -> float | None:
         """When to call `wake` next."""

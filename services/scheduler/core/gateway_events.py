@@ -174,10 +174,12 @@ def tokens_wanted(books: Books, event: TokensWanted, now: float) -> None:
         request.asks += 1
     elif exists:
         request.asks, request.asked_position = 1, event.position
-    lost = maker is None or maker.worker not in books.workers.active
-    if maker is None or lost or (exists and request.asks > books.constants.asks_max):
+    worker = books.workers.active.get(maker.worker) if maker is not None else None
+    patient = not exists or request.asks <= books.constants.asks_max
+    if maker is None or worker is None or not patient:
         moves.recall(books, request, now)
         return
+    worker.ask(request.request_id, now)
     books.send(
         SendTokens(
             epoch=books.epoch,

@@ -283,7 +283,8 @@ def _forget_empty(books: Books, worker: Worker, batch: Batch) -> None:
 
 
 def worker_lost(books: Books, name: str, now: float) -> None:
-    """It is gone: all that was placed there is recalled."""
+    """It is gone: all that was placed there is recalled, and whoever misses tokens that it was
+    asked for just now."""
     worker = books.workers.active.pop(name, None)
     if worker is None:
         return
@@ -302,6 +303,18 @@ def worker_lost(books: Books, name: str, now: float) -> None:
 
 def _placed_on(books: Books, worker: Worker) -> list[Request]:
     """What this worker has, in order of arrival in the mesh."""
+    for request_id in worker.asked:
+        _unanswered(books, request_id, now)
+
+
+def _unanswered(books: Books, request_id: str, now: float) -> None:
+    """Its gateway misses tokens, and who was asked for them is gone. If they came after all, it
+    answers with tokens that are ahead of ours, or with a `Cancel`."""
+    request = books.requests.open.get(request_id) or books.requests.done.get(request_id)
+    if request is None or not request.asks or request.state is State.COLLECTING:
+        return
+    if request.spec.gateway in books.gateways:
+        moves.recall(books, request, now)
     if books.leased:
         placed = list(worker.credit.leases.values())
     else:

@@ -7,6 +7,9 @@ from services.scheduler.core.policies.order import Queue
 from shared.memory import token_budget
 from shared.messages import WorkerInfo, WorkerMemory
 
+ASKED_S = 10.0
+"""A worker that lives has answered a question by then."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -41,6 +44,15 @@ class Worker:
     """With early binding: who waits for this worker."""
     waiting_tokens: int = 0
     """Input tokens of those in line."""
+    asked: dict[str, float] = field(default_factory=dict)
+    """Request id to when this worker was asked for tokens of it, the latest last."""
+
+    def ask(self, request_id: str, now: float) -> None:
+        """It is asked for tokens now; who was asked for long ago is forgotten."""
+        self.asked.pop(request_id, None)
+        self.asked[request_id] = now
+        while now - self.asked[first := next(iter(self.asked))] > ASKED_S:
+            del self.asked[first]
 
     def give(self, batch: Batch) -> None:
         """One more closed batch, behind those it has."""
