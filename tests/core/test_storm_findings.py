@@ -85,6 +85,25 @@ def test_a_closed_batch_that_was_taken_over_is_over_although_its_request_was_can
     assert worker.load_s == 0.0
 
 
+def test_nobody_is_asked_for_the_truth_when_its_gateway_is_gone() -> None:
+    """Seed 292: a worker's word that it has no such tokens came after the gateway that missed them
+    had died; its request was opened again, and recalled for half a minute."""
+    bench = Bench()
+    bench.join()
+    bench.say(done(bench.run_one(), finish="stop"))
+    wanted = TokensWanted(gateway="g1", request_id="r1", attempt=0, position=0)
+    assert isinstance(bench.say(wanted)[0], SendTokens)
+    for _ in range(4):
+        bench.after(1.0)
+        bench.join()
+    assert bench.core.books.gateways == {}
+    none = SliceResult(request_id="r1", attempt=1, position=0)
+    gone = told(none, refused="unknown request")
+    assert bench.say(replace(gone, form="closed")) == []
+    bench.say(OrderReturned(worker="w1"))
+    assert bench.core.books.requests.open == {}
+
+
 def test_who_is_asked_for_tokens_and_dies_does_not_keep_a_gateway_waiting() -> None:
     """Seed 6176: a worker was dead, but not missed yet, when the tail of an output that had ended
     was asked of it. The gateway asked again after two minutes; by then the end was forgotten, and

@@ -136,6 +136,8 @@ def _tokens_gone(books: Books, worker: str, result: SliceResult, now: float) -> 
     request = requests.open.get(result.request_id) or requests.done.get(result.request_id)
     if request is None or request.state in (State.COLLECTING, State.RECALLING):
         return
+    if request.spec.gateway not in books.gateways:
+        return  # it asked, and is gone meanwhile: nobody misses them
     made = ((placement.worker, placement.attempt) for placement in request.placements)
     if (worker, result.attempt) not in made:
         return
