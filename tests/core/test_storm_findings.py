@@ -85,6 +85,20 @@ def test_a_closed_batch_that_was_taken_over_is_over_although_its_request_was_can
     assert worker.load_s == 0.0
 
 
+def test_what_a_gateway_has_closed_stays_closed_when_an_older_word_comes_late() -> None:
+    """Seed 911: a new leader heard that attempts up to 1,000,000 are closed, then an older word
+    again. It took over a lease whose tokens the gateway dropped, and its tail was asked for every
+    minute or two."""
+    bench = bench_of("vllm", epoch=3)
+    join(bench)
+    bench.say(listing(Resident(request_id="r1", attempt=7, position=9, until=9)))
+    bench.say(Resume(spec=spec_of(max_tokens=34), attempt=1_000_000))
+    bench.say(Resume(spec=spec_of(max_tokens=34), attempt=0))
+    said = bench.after(1.5)
+    assert Drop(epoch=3, worker="w1", request_id="r1", attempt=7) in said
+    assert [command.attempt for command in said if isinstance(command, Recall)] == [2_000_000]
+
+
 def test_nobody_is_asked_for_the_truth_when_its_gateway_is_gone() -> None:
     """Seed 292: a worker's word that it has no such tokens came after the gateway that missed them
     had died; its request was opened again, and recalled for half a minute."""

@@ -167,9 +167,10 @@ def say_recall(books: Books, request: Request) -> None:
 
 
 def resume(books: Books, request: Request, attempt: int, tokens: bytes, now: float) -> None:
-    """The gateway's word: so many tokens, and all attempts up to this one are closed."""
+    """The gateway's word: so many tokens, and all attempts up to this one are closed. What it has
+    closed stays closed, whatever an older word says that comes late."""
     drop_placed(books, request)
-    request.closed = attempt
+    request.closed = max(request.closed, attempt)
     request.attempt = max(request.attempt, attempt)
     request.asks = 0
     _move(books, request, Cause.RESUME, now, tokens)
