@@ -85,6 +85,25 @@ def test_a_closed_batch_that_was_taken_over_is_over_although_its_request_was_can
     assert worker.load_s == 0.0
 
 
+def test_a_closed_batch_whose_order_was_lost_is_over_although_its_request_was_cancelled() -> None:
+    """Seeds 355, 1511 and 6172: nobody was left in it to be missed, so it counted as load until it
+    was overdue, two minutes later."""
+    bench = Bench("sls")
+    bench.join()
+    bench.run_one()
+    worker = bench.core.books.workers.active["w1"]
+    bench.say(Cancel(gateway="g1", request_id="r1"))
+    bench.after(1.0)
+    bench.join(residents_listed=True)
+    assert worker.load_s > 0, "the order may still be on its way"
+    bench.after(1.1)
+    here = Resident(request_id="r1", attempt=1, position=0)
+    bench.join(residents=(here,), residents_listed=True)
+    assert worker.load_s > 0, "it runs: the drop was lost"
+    bench.join(residents_listed=True)
+    assert worker.load_s == 0.0
+
+
 def test_what_a_gateway_has_closed_stays_closed_when_an_older_word_comes_late() -> None:
     """Seed 911: a new leader heard that attempts up to 1,000,000 are closed, then an older word
     again. It took over a lease whose tokens the gateway dropped, and its tail was asked for every

@@ -269,12 +269,14 @@ def _known_there(books: Books, worker: str, resident: Resident) -> bool:
 def _check_batch(
     books: Books, worker: Worker, batch: Batch, held: set[tuple[str, int]], now: float
 ) -> None:
-    """An order that the worker does not hold was lost on its way."""
+    """An order that the worker does not hold was lost on its way. Or its answer was, and all its
+    requests have ended or gone elsewhere meanwhile."""
     placed = _still_placed(books, batch)
     missing = [r for r in placed if (r.request_id, r.attempt) not in held]
     for request in missing:
         moves.recall(books, request, now)
-    if missing:
+    here = {request_id for request_id, _ in held}
+    if missing or here.isdisjoint(batch.request_ids):
         _forget_empty(books, worker, batch)
 
 
@@ -301,10 +303,6 @@ def worker_lost(books: Books, name: str, now: float) -> None:
     books.workers.remember_lost(name, running)
     for request in placed:
         moves.recall(books, request, now)
-
-
-def _placed_on(books: Books, worker: Worker) -> list[Request]:
-    """What this worker has, in order of arrival in the mesh."""
     for request_id in worker.asked:
         _unanswered(books, request_id, now)
 
@@ -317,6 +315,10 @@ def _unanswered(books: Books, request_id: str, now: float) -> None:
         return
     if request.spec.gateway in books.gateways:
         moves.recall(books, request, now)
+
+
+def _placed_on(books: Books, worker: Worker) -> list[Request]:
+    """What this worker has, in order of arrival in the mesh."""
     if books.leased:
         placed = list(worker.credit.leases.values())
     else:
