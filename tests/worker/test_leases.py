@@ -328,6 +328,25 @@ def test_what_the_engine_refuses_goes_back(bench: Bench) -> None:
     assert brief(bench.do(step(("a", 0, [1])))) == []
 
 
+@pytest.mark.parametrize("evicts", [False, True])
+def test_who_has_no_memory_for_a_promise_lists_what_is_here(bench: Bench, evicts: bool) -> None:
+    """Storm seed 568: a lease whose `Drop` was lost kept its memory until the next listing, ten
+    seconds later, while another request was refused nine times and given up."""
+    given(bench)
+    order = lease(make_order(make_spec("b")), batch_id="b2")
+    bench.do(order)
+    bench.wake()
+    if evicts:
+        bench.do(step(left=[LeaseEnd("b", 1, evicted=True)]))
+    else:
+        bench.do(BatchRefused(order, "out of memory: too much", MEMORY))
+    (beat,) = only(WorkerBeat, bench.wake())
+    assert beat.residents_listed
+    assert [resident.request_id for resident in beat.residents] == ["a"]
+    (next_beat,) = only(WorkerBeat, bench.wake())
+    assert not next_beat.residents_listed
+
+
 def test_the_number_of_leases_is_bounded(bench: Bench) -> None:
     orders = [make_order(make_spec(f"r{n}")) for n in range(leases.LEASES_MAX)]
     assert kinds(bench.do(lease(*orders))) == ["StartBatch"]

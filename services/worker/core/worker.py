@@ -298,6 +298,7 @@ class Worker:
             self._on_tokens(tokens, now)
         commands: list[Command] = [self._on_end(end) for end in event.report.ended]
         results, parking = self._leases.on_step(event.report, draining=self._draining)
+        self._list_residents |= any(end.evicted for end in event.report.left)
         if results:
             summed = self._leases.take_timings()
             timings = event.report.timings or summed
@@ -327,6 +328,9 @@ class Worker:
         )
 
     def _on_refused(self, event: BatchRefused) -> list[Command]:
+        """What does not fit was promised by somebody who does not know all that is here, since a
+        `Drop` was lost, say: the next beat lists it."""
+        self._list_residents = True
         if event.memory is not None:
             self._memory = event.memory
         batch = self._open.pop(event.order.batch_id, None)
