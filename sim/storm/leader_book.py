@@ -83,6 +83,8 @@ class LeaderBook:
 
     def _heard(self, event: Any) -> None:
         match event:
+            case SliceDone() if event.epoch > self._books.epoch:
+                pass  # said to a successor: a deposed leader goes on counting what it placed
             case SliceDone():
                 for result in event.results:
                     place = self._places.get(result.request_id)
