@@ -209,9 +209,9 @@ class Park(Message, frozen=True, kw_only=True):
     worker: str
     request_id: str
     attempt: int
-    reason: Literal["memory", "reader", "share"] = "memory"
+    reason: Literal["memory", "reader", "share", "move", "turn"] = "memory"
     """For traces and journals: no blocks for the next leases; its client is behind; its tenant runs
-    more than its share."""
+    more than its share; it goes on elsewhere; it makes room, since nobody reads along."""
 
 
 class Drop(Message, frozen=True, kw_only=True):

@@ -47,15 +47,17 @@ class SimGateway:
         ended: Callable[[Call], None],
         failed: Callable[..., None],
         told: bool = False,
+        streamed: bool = True,
     ) -> None:
         """`last_token_at(worker, request)`: what a client sees of a stream between reports;
-        `placed(request)`: whether a worker has it; `told`: predictions are asked for."""
+        `placed(request)`: whether a worker has it; `told`: predictions are asked for;
+        `streamed`: clients read along."""
         self.boot = boot
         self.open: dict[str, Call] = {}
         self._ledger = Ledger(boot, patience, told=told)
         self._world = world
         self._to_leader, self._to_worker = to_leader, to_worker
-        self._model, self._max_tokens = model, max_tokens
+        self._model, self._max_tokens, self._streamed = model, max_tokens, streamed
         self._abort = abort
         self._last_token_at = last_token_at
         self._placed = placed
@@ -78,7 +80,7 @@ class SimGateway:
             priority=item.priority,
             prompt=prompt_of(item.prompt_tokens),
             max_tokens=self._max_tokens,
-            stream=True,
+            stream=self._streamed,
             ttft_deadline_ms=item.ttft_deadline_ms,
             deadline_ms=item.deadline_ms,
         )

@@ -159,6 +159,7 @@ class SimMesh:
             ended=self._call_ended,
             failed=self._call_failed,
             told=setup.told,
+            streamed=setup.streamed,
         )
         self.gateways[GATEWAY] = gateway
         return gateway

@@ -78,7 +78,7 @@ class Setup:
     """The gateway asks for predictions (`Accepted`)."""
     streamed: bool = True
     """Closed batches: clients see tokens when they are made. False: at the end of their batch, as
-    in SCLS."""
+    in SCLS. Leased: the scheduler is told whether clients read along."""
     patience: Patience | None = None
     """Of the gateway; None: the real one's where something may be lost, else `UNHURRIED`."""
     stalled_s: float = 3_600.0

@@ -79,6 +79,8 @@ class SimWorker:
         self._held: dict[str, Held] = {}
         self._kept: dict[str, Held] = {}
         self._known: dict[str, None] = {}
+        self._leaving: set[str] = set()
+        """Parked, though nobody is short of memory for those who run."""
         self._armed_at: float | None = None
         self._capacity = setup.kv_tokens_each
         self._info = WorkerInfo(
@@ -171,6 +173,8 @@ class SimWorker:
         elif kind is SchedulerBeat:
             return
         elif kind is Park:
+            if message.reason in ("move", "turn"):
+                self._leaving.add(message.request_id)
             self._park(message.request_id, message.attempt)
         elif kind is Drop:
             self._dropped(message)

@@ -45,6 +45,8 @@ class Counts:
     evictions: int = 0
     evicted: dict[str, int] = field(default_factory=dict)
     """Request to how often."""
+    moves: int = 0
+    """Leases ended so that their request goes on elsewhere, or later."""
     invalid_tokens: int = 0
     pad_tokens: int = 0
     last_end_at: float = 0.0

@@ -64,7 +64,11 @@ class LeasedSimWorker(SimWorker):
         if not progress:
             return
         for told in progress:
-            if not told.resident and told.finish_reason is None:
+            leaving = not told.resident and told.request_id in self._leaving
+            if leaving:
+                self._leaving.discard(told.request_id)
+                self.counts.moves += told.finish_reason is None
+            elif not told.resident and told.finish_reason is None:
                 self.counts.evictions += 1
                 evicted = self.counts.evicted
                 evicted[told.request_id] = evicted.get(told.request_id, 0) + 1

@@ -8,13 +8,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.setup import error_note, file_tree, metrics_page, policies_page, settings_page
+from deploy.setup import (
+    error_note,
+    file_tree,
+    metrics_page,
+    policies_figures,
+    policies_page,
+    settings_page,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES: dict[str, Callable[[], str]] = {
     "architecture.md": file_tree.page,
     "metrics.md": metrics_page.page,
     "policies.md": policies_page.page,
+    policies_figures.PICTURE: policies_figures.picture,
     "settings.md": settings_page.page,
     "simulation.md": error_note.page,
 }

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from deploy.setup import policies_figures
 from services.scheduler.core import settings
 from services.scheduler.core.policies.admission import ADMISSIONS
 from services.scheduler.core.policies.balancing import BALANCERS
@@ -72,6 +73,7 @@ QUESTIONS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
 def page() -> str:
     """The whole document."""
     parts = [HEAD, _presets("closed"), _presets("leased"), _differences()]
+    parts += [part for part in (policies_figures.section(),) if part]
     parts.extend(_answers(*question) for question in QUESTIONS)
     parts += [_pacing(), _constants()]
     return "\n".join(parts).rstrip() + "\n"

@@ -70,7 +70,8 @@ def test_the_margin_stands_still_at_the_target(target: float) -> None:
         if rng.random() < 0.5 * 10**-margin.z:
             margin.saw_eviction(CONSTANTS, target)
         margin.saw_finish(CONSTANTS, target)
-    assert margin.evicted / margin.finished == pytest.approx(target, rel=0.1)
+    ends = margin.evicted + margin.finished
+    assert margin.evicted / ends == pytest.approx(target, rel=0.1)
 
 
 @pytest.mark.parametrize("lease", [0, 16])
@@ -84,3 +85,29 @@ def test_memory_only_runs_keep_their_promises(lease: int) -> None:
     assert told.unfair <= 32
     again = simulate_chance(source, Rules(lease_tokens=lease), capacity_tokens=6_000)
     assert again == told
+
+
+def test_the_margin_finds_its_place_in_a_history_and_not_in_ten() -> None:
+    """With nobody evicted it goes from 2 to below 0 while the history fills, and slower later."""
+    margin = Margin()
+    for _ in range(1_000):
+        margin.saw_finish(CONSTANTS, 0.03)
+    early = margin.z
+    for _ in range(1_000):
+        margin.saw_finish(CONSTANTS, 0.03)
+    assert early < 0.0
+    assert margin.z == pytest.approx(max(-1.5, early - 1_000 * 0.05 * 0.03))
+
+
+def test_dear_evictions_are_wanted_less_and_cheap_ones_not_more() -> None:
+    def target(return_s: float) -> float:
+        margin = Margin()
+        for number in range(200):
+            margin.saw_finish(CONSTANTS, 0.03, now=number * 0.1)
+        margin.saw_eviction(CONSTANTS, 0.03, return_s)
+        return margin.target(CONSTANTS, workers=4)
+
+    targets = [target(return_s) for return_s in (0.01, 0.1, 1.0, 10.0)]
+    assert targets == sorted(targets, reverse=True)
+    assert targets[0] == CONSTANTS.chance_target
+    assert targets[-1] < CONSTANTS.chance_target / 2

@@ -18,7 +18,7 @@ from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.policies.survival import kind_of
 from services.scheduler.core.presets import Preset
 from services.scheduler.core.promises import Promises
-from services.scheduler.core.rate import Pace
+from services.scheduler.core.rate import Crowding, Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.shares import Shares
@@ -131,6 +131,8 @@ class Books:
     """Leases that seem not to have reached their worker; said again in the next round."""
     pace: Pace = field(default_factory=Pace)
     """How fast leases go, as the workers' reports tell."""
+    crowding: Crowding = field(default_factory=Crowding)
+    """How much one request slows the others down."""
     waits: Waits = field(default_factory=Waits)
     """How much work waits, and how fast it goes."""
     outputs: Outputs = field(default_factory=Outputs)

@@ -40,6 +40,7 @@ def take_report(
         worker.credit.prefilled(request)
     else:
         books.pace.saw_tokens(made, passed_s)
+        books.crowding.saw(len(worker.credit.leases), made, passed_s)
     if made and not request.tokens:
         books.promises.began(request, now)
     request.tokens, request.heard_at = joined, now
@@ -78,7 +79,10 @@ def _stopped(
 ) -> None:
     """Its KV is freed before its end: parked, evicted by the engine, or the worker is leaving."""
     parked = request.state is State.PARKING
-    if result.evicted or (parked and not request.paused and not request.makes_way):
+    if parked and request.parked_for and not result.evicted:
+        if request.parked_for == "move":  # first in line, though nobody was short of memory
+            request.evicted_at = now
+    elif result.evicted or (parked and not request.paused and not request.makes_way):
         moves.evicted(books, request, now)
     request.makes_way = False
     request.refusals = 0 if made or parked or result.evicted else request.refusals + 1

@@ -10,7 +10,7 @@ wake-up.
 
 import numpy as np
 
-from services.scheduler.core import moves, reasons
+from services.scheduler.core import making_room, moves, moving, reasons
 from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.balancing import BALANCERS
@@ -36,6 +36,8 @@ def lease_round(books: Books, now: float) -> None:
     touched, books.touched = books.touched, {}
     remind(books, round_)
     workers = [w for w in map(books.workers.active.get, touched) if w is not None]
+    moving.consider(books, workers, now)
+    making_room.consider(books, workers, now)
     for worker in workers:
         renew(books, worker, round_)
         if books.preset.offloading in FORESEEING:
@@ -190,6 +192,8 @@ def _fill_up(books: Books, round_: Round) -> None:
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
     board = books.board
     eligible = board.with_room(*_room_for(books, request, round_.now))
+    if request.left and eligible.size > 1:
+        eligible = eligible[eligible != board.places.get(request.left, -1)]
     while eligible.size and round_.tests_left > 0:
         place = _pick(books, request, eligible)
         worker = board.workers[place]
@@ -309,7 +313,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
         gate.add(_member(books, request, until))
     why = reasons.why(request, worker.info.worker)
     moves.place(books, request, worker.info.worker, out.batch_id, now)
-    request.heard_at, request.evicted_at, request.overtaken = now, 0.0, 0
+    request.heard_at, request.evicted_at, request.overtaken, request.left = now, 0.0, 0, ""
     _settle(books, worker, request)
     worker.credit.take(request, until)
     books.lines.charge(request, worker, request.input_tokens, 0)

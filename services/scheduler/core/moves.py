@@ -30,6 +30,7 @@ def _move(
         reasons.begins_to_wait(request, cause, now)
     if before is State.PARKING and request.state is not State.PARKING:
         books.parking.pop(request.request_id, None)
+        request.parked_for = ""
     if before in HELD and request.state not in HELD and worker is not None:
         worker.credit.release(request, parking=before is State.PARKING)
         books.touch(worker)
@@ -238,10 +239,12 @@ def park(books: Books, request: Request, now: float) -> None:
     say_park(books, request)
 
 
-def _parked_for(request: Request) -> Literal["memory", "reader", "share"]:
+def _parked_for(request: Request) -> Literal["memory", "reader", "share", "move", "turn"]:
     if request.paused:
         return "reader"
-    return "share" if request.makes_way else "memory"
+    if request.makes_way:
+        return "share"
+    return request.parked_for or "memory"
 
 
 def say_park(books: Books, request: Request) -> None:

@@ -110,7 +110,9 @@ their age, so what counts is how few they are (docs/reproduction.md, goodput und
 TRANCHE: Mapping[str, Value] = MappingProxyType(
     {
         "backfill_max": 15,
-        "victim_kv_exponent": 0.5,  # a victim computes what it held anew
+        "victim_kv_exponent": 1.0,  # a victim computes what it held anew
+        "chance_return_less": 1.5,  # and stands still until it is back
+        "move_gain": 2.0,
     }
 )
 SAL_LARRY: Mapping[str, Value] = MappingProxyType(

@@ -32,6 +32,41 @@ class Pace:
             self.prefill_token_s += PACE_SHARE * (seconds / tokens - self.prefill_token_s)
 
 
+CROWDING_SHARE = 0.002
+"""Of a new sample in the line of pace over company: about the last 500 count."""
+CROWDING_DOUBT = 4.0
+"""Requests squared: while batches differ less than by two requests, nothing is said."""
+
+
+@dataclass(slots=True)
+class Crowding:
+    """What each running request adds to the time of every token beside it: the slope of a line
+    through what reports tell, pulled to 0 while all batches are alike."""
+
+    seen: int = 0
+    running: float = 0.0
+    token_s: float = 0.0
+    variance: float = 0.0
+    covariance: float = 0.0
+
+    def saw(self, running: int, tokens: int, seconds: float) -> None:
+        """A request made so many tokens in so long, beside so many."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        self.seen += 1
+        share = max(CROWDING_SHARE, 1 / self.seen)
+        off, slow = running - self.running, seconds / tokens - self.token_s
+        self.running += share * off
+        self.token_s += share * slow
+        self.variance += share * ((1 - share) * off * off - self.variance)
+        self.covariance += share * ((1 - share) * off * slow - self.covariance)
+
+    @property
+    def request_s(self) -> float:
+        """Seconds a token for each request; never negative."""
+        return max(0.0, self.covariance / (self.variance + CROWDING_DOUBT))
+
+
 BUSY_MEMORY_S = 15.0
 """Of a busy rate: seconds of waiting after which an event counts for 1/e. On the Azure
 conversations 5 s were worse and 30 s no better [T]."""

@@ -65,6 +65,15 @@ class Constants:
     binds_max: int = 1024
     """Requests bound to workers in one round, with early binding [T]."""
 
+    move_gain: float = 0.0
+    """Late binding: while nobody waits, a request moves at the end of a slice to a worker where
+    fewer run, if all requests together gain so many times what its prefill there costs them; one at
+    a time. 0: nobody moves [T]."""
+
+    yield_after_s: float = 0.0
+    """Late binding: when memory has kept a new request for so long, a larger one whose client does
+    not stream makes room at the end of its slice and waits again. 0: nobody does [T]."""
+
     # ---- rounds
     interval_share: float = 0.5
     """lambda in max(lambda x least load, floor), of `adaptive` pacing [M]."""
@@ -147,11 +156,11 @@ class Constants:
     known. 5 % captures what a predicted peak does for throughput [S]."""
 
     chance_target: float = 0.03
-    """`chance`: evictions per finished request that its margin is steered to, on every workload, as
-    long as no price of an eviction is known [T]."""
+    """`chance`: evictions per finished request that its margin is steered to, on every workload, or
+    fewer where they are dear (`chance_priced`) [T]."""
     chance_priced: bool = True
-    """`chance`: the target follows the price of an eviction: coming back from the host's memory is
-    cheap, computing a long prompt anew is not [T]."""
+    """`chance`: the target is less where an eviction is dear, as it is where a long prompt has to
+    be computed anew and requests are short [T]."""
     chance_rate: float = 0.05
     """`chance`: how fast the margin moves; 0.03 and 0.1 did as well [T]."""
     chance_return_less: float = 0.0

@@ -6,6 +6,7 @@ the core: events are checked before they become causes, so nothing from outside 
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from shared import tokens
 from shared.messages import AdmittedBy, Came, RequestSpec, WaitsFor
@@ -148,6 +149,14 @@ class Request:
     """How often it made way for a tenant that was given less (yielding.py)."""
     makes_way: bool = False
     """It is parked for that."""
+    parked_for: Literal["", "move", "turn"] = ""
+    """Why it is parked, where that is not for want of memory: it goes on elsewhere, or others have
+    their turn first."""
+    moves: int = 0
+    rooms_made: int = 0
+    """How often it was, for the one and for the other."""
+    left: str = ""
+    """Where it was before a move: it goes on there only if nobody else takes it."""
     overtaken: int = 0
     """How often one behind it was placed in its stead since it waits."""
     placements: list[Placement] = field(default_factory=list)

@@ -22,8 +22,12 @@ Z_START, Z_LEAST, Z_MOST = 2.0, -1.5, 8.0
 """Deviations: before anything is known, and the limits of the calibration."""
 LATELY = 0.02
 """Of a new sample in a mean: about the last fifty count."""
-TARGET_LEAST, TARGET_MOST = 0.01, 0.1
-"""Within which the target follows the price of an eviction."""
+TARGET_LEAST = 0.01
+"""Down to which the target follows the price of an eviction; `chance_target` is the most."""
+EARLY_MOST, EARLY_ENDS = 4.0, 1000
+"""The first steps of the calibration are so many times as long, and then become shorter as the
+square root of the requests that were seen, until a history is full: where it has to go is not known
+at first, and 1000 requests of the usual steps to get there are too many."""
 PRICED = 0.02
 """Time saved per e-fold of evictions, as a share of the time of a request, in the memory-only
 experiment: the target that costs least is this over an eviction's price in requests."""
@@ -71,10 +75,12 @@ class Margin:
         if not (constants.chance_priced and self.finish_gap_s > 0 and self.return_s > 0):
             return constants.chance_target
         price = self.return_s / (max(1, workers) * self.finish_gap_s)
-        return min(TARGET_MOST, max(TARGET_LEAST, PRICED / price))
+        return min(constants.chance_target, max(TARGET_LEAST, PRICED / price))
 
     def _move(self, step: float) -> None:
-        self.z = min(Z_MOST, max(Z_LEAST, self.z + step))
+        seen = max(1, self.finished + self.evicted)
+        early = max(1.0, min(EARLY_MOST, (EARLY_ENDS / seen) ** 0.5))
+        self.z = min(Z_MOST, max(Z_LEAST, self.z + early * step))
 
 
 Moments = tuple[Floats, Floats]

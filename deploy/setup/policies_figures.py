@@ -1,0 +1,152 @@
+"""What `tranche` is worth, in figures: the part of docs/policies.md that results are made into.
+
+From the JSON files that `python -m sim.trials` wrote into bench/results; what has not been run is
+not told.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sim.reproduction.svg_chart import bar_chart
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+FOUR_WORKERS, LADDER, EVERYWHERE = (
+    RESULTS / f"trials-{name}.json" for name in ("four-workers", "ladder", "everywhere")
+)
+PICTURE = "policies-ladder.svg"
+SHOWN = ("conversations", "bursts", "decode-heavy")
+HEAD = """## What `tranche` is worth
+
+In simulation, with true lengths hidden: four A100 with a 13B model (`opt-13b-a100-swift`, 66,144 KV
+tokens each), one scheduler, the same worker's loop for every preset; loads are shares of the fluid
+bound. `python -m sim.trials` makes all of this again, in pieces if it is stopped; results are in
+`bench/results/trials-*.json`.
+"""
+
+
+def section() -> str:
+    """All of it; empty if nothing has been run."""
+    parts = [part for part in (_four_workers(), _ladder(), _everywhere()) if part]
+    return "\n".join((HEAD, *parts)) if parts else ""
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _four_workers() -> str:
+    result = _read(FOUR_WORKERS)
+    if result is None:
+        return ""
+    lines = [
+        "### Against Past-Future",
+        "",
+        "Means over the seeds; in brackets the ratio to the first row of each case. Good: first "
+        "token within 2 s and 150 ms a token.",
+        "",
+        "| case | policy | seeds | mean TTFT, s | p99 TTFT, s | mean e2e | good | p99 gap, s "
+        "| evicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['case']} | {row['policy']} | {row['seeds']} "
+        f"| {row['ttft_mean_s']:.2f} ({row['ttft_mean_s_ratio']:.2f}) "
+        f"| {row['ttft_p99_s']:.2f} ({row['ttft_p99_s_ratio']:.2f}) "
+        f"| ({row['e2e_mean_s_ratio']:.3f}) "
+        f"| {row['good_share']:.3f} | {row['gap_p99_s']:.2f} | {row['evictions']:.2%} |"
+        for row in result["rows"]
+    ]
+    lines += ["", "What it is asked for:", ""]
+    lines += [f"- {owed['limit']}" for owed in result["owed"]]
+    return "\n".join(lines) + "\n"
+
+
+def _ladder() -> str:
+    result = _read(LADDER)
+    if result is None:
+        return ""
+    cases = list(dict.fromkeys(row["case"] for row in result["rungs"]))
+    lines = [
+        "### What each part is worth",
+        "",
+        f"![mean time to first token without each part]({PICTURE})",
+        "",
+        "Mean and p99 time to first token, then p99 gap between tokens, as ratios to the whole "
+        "`tranche`; above 1 is worse without, below 1 the part costs something there. `+` rows "
+        "are put onto Past-Future one after the other, `-` rows are each taken out alone.",
+        "",
+        "| rung | " + " | ".join(cases) + " |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for rung in dict.fromkeys(row["rung"] for row in result["rungs"]):
+        cells = {row["case"]: row for row in result["rungs"] if row["rung"] == rung}
+        told = [_ratios(cells[case]) if case in cells else "" for case in cases]
+        lines.append(f"| {rung} | " + " | ".join(told) + " |")
+    seeds = {row["seeds"] for row in result["rungs"]}
+    lines += ["", f"Seeds: {_span(seeds)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(row: Mapping[str, Any]) -> str:
+    return " / ".join(f"{row[name]:.2f}" for name in ("ttft_mean_s", "ttft_p99_s", "gap_p99_s"))
+
+
+def _span(counts: Iterable[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def picture() -> str:
+    """Mean time to first token of the rungs in which one part is missing."""
+    result = _read(LADDER)
+    if result is None:
+        return ""
+    rows = [row for row in result["rungs"] if row["down"]]
+    names = list(dict.fromkeys(row["rung"] for row in rows))
+    series = []
+    for case in SHOWN:
+        of = {row["rung"]: row["ttft_mean_s"] for row in rows if row["case"] == case}
+        if all(name in of for name in names):
+            series.append((case, [of[name] for name in names]))
+    return bar_chart(
+        "Mean time to first token with one part taken out, over that of the whole tranche",
+        "ratio; above 1: worse without",
+        [name.removeprefix("- ") for name in names],
+        series,
+    )
+
+
+def _everywhere() -> str:
+    result = _read(EVERYWHERE)
+    if result is None:
+        return ""
+    figures = ("output_tps", "good_share", "ttft_mean_s", "ttft_p99_s", "e2e_mean_s", "gap_p99_s")
+    lines = [
+        "### On every trace and length set",
+        "",
+        "`=`: `tranche` is the best, or within 3 % of the best preset that completed as much, or "
+        "the difference is below what can be felt (`sim/trials/everywhere.py`). Else its figure; "
+        "then whose was best, and that one's figure. The best may be another preset in each "
+        f"column. Behind in {result['behind']} of {result['cells']} figures.",
+        "",
+        "| workload | load | presets | seeds | throughput | goodput | mean TTFT | p99 TTFT "
+        "| mean e2e | p99 stall |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for place in result["places"]:
+        told = [_beside(place[name]) for name in figures]
+        lines.append(
+            f"| {place['workload']} | {place['load']:g} | {place['presets']} | {place['seeds']} | "
+            + " | ".join(told)
+            + " |"
+        )
+    lines += ["", *result.get("why", ())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _beside(cell: Mapping[str, Any]) -> str:
+    if cell["behind"] <= 0.03:
+        return f"= {cell['tranche']:.3g}"
+    return f"{cell['tranche']:.3g}; {cell['of']} {cell['best']:.3g}"
