@@ -163,6 +163,12 @@ def _replay() -> Callable[..., None]:
     return replay
 
 
+def _drain() -> Callable[..., None]:
+    from services.drain_command import drain
+
+    return drain
+
+
 def _calibrate() -> Callable[..., None]:
     with _extra("sim"):
         from services.calibrate_command import calibrate
@@ -198,6 +204,7 @@ COMMANDS = {
     "bench": Command("A workload against a live OpenAI-compatible server.", _bench),
     "simulate": Command("Policies against a workload, in virtual time.", _simulate),
     "plan": Command("The fewest workers that meet objectives.", _plan),
+    "drain": Command("Tells a worker of a mesh to leave, and waits until it has.", _drain),
     "replay": Command("A recorded scheduler journal: are the decisions the same?", _replay),
     "calibrate": Command("A cost profile, from a table or a worker.", _calibrate),
     "accounts": Command("Passwords and rights of the services at the broker.", _accounts),

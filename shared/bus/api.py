@@ -66,6 +66,9 @@ class QueueSpec:
     length_max: int = 100_000
     """At the limit a publisher gets BusFull."""
     message_ttl_s: float | None = None
+    overhears: bool = False
+    """Copies of what is meant for others, for who looks on: at the limit the oldest go and no
+    publisher hears of it, and nothing becomes a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,9 @@ class _Queue:
         """False if the queue is full."""
         self._drop_expired()
         if len(self._ready) >= self.spec.length_max:
-            return False
+            if not self.spec.overhears:
+                return False
+            self._ready.popleft()
         ttl_s = self.spec.message_ttl_s
         expires_at = None if ttl_s is None else time.monotonic() + ttl_s
         self._ready.append(_Stored(received, expires_at))
@@ -80,8 +82,10 @@ class _Queue:
             self._ready.appendleft(_Stored(marked, stored.expires_at))
         self._dispatch()
 
-    def bury(self, stored: _Stored) -> None:
-        self._broker.bury(self.spec.name, "rejected", stored.received)
+    def bury(self, stored: _Stored, reason: str = "rejected") -> None:
+        """It becomes a dead letter, unless it was a copy only."""
+        if not self.spec.overhears:
+            self._broker.bury(self.spec.name, reason, stored.received)
 
     def add(self, subscription: "_Subscription") -> None:
         self._subscriptions.append(subscription)
@@ -120,7 +124,7 @@ class _Queue:
         while self._ready and (expires_at := self._ready[0].expires_at) is not None:
             if expires_at > now:
                 return
-            self._broker.bury(self.spec.name, "expired", self._ready.popleft().received)
+            self.bury(self._ready.popleft(), "expired")
 
 
 class _Subscription:

@@ -70,10 +70,11 @@ def arguments_of(spec: QueueSpec) -> FieldTable:
     """The x-arguments of a queue."""
     arguments: FieldTable = {
         "x-queue-type": "quorum" if spec.kind == "durable" else "classic",
-        "x-dead-letter-exchange": DEAD_LETTER_EXCHANGE,
         "x-max-length": spec.length_max,
-        "x-overflow": "reject-publish",
+        "x-overflow": "drop-head" if spec.overhears else "reject-publish",
     }
+    if not spec.overhears:
+        arguments["x-dead-letter-exchange"] = DEAD_LETTER_EXCHANGE
     if spec.kind == "durable":
         arguments["x-delivery-limit"] = RETURN_LIMIT
     if spec.single_active_consumer:

@@ -9,6 +9,7 @@ what (`shared.bus.rights`); the routing key names the sender (towards the schedu
                         worker              scheduler       worker.<boot>
                         estimator           scheduler       estimator.<boot>
     tranche.orders      scheduler           worker          worker.<boot>, or `beat`
+                        administrator       worker          worker.<boot>: `DrainWorker`
     tranche.notices     scheduler           gateway         gateway.<boot>, or `beat`
     tranche.tokens      worker              gateway         gateway.<boot>
     tranche.asks        gateway             worker          worker.<boot>
@@ -117,6 +118,19 @@ def estimator_beat_queue(boot_id: str) -> QueueSpec:
     """The scheduler's beats, for an estimator: a new epoch wants a forecast; and its questions."""
     return QueueSpec(
         name=f"tranche.estimator.{boot_id}", kind="exclusive", bindings=((HISTORY, BEAT),)
+    )
+
+
+def onlooker_queue(boot_id: str) -> QueueSpec:
+    """What an operator's command reads: copies of what workers say to the scheduler, and its beats.
+    Only the administrator's account may bind so."""
+    return QueueSpec(
+        name=f"tranche.onlooker.{boot_id}",
+        kind="exclusive",
+        bindings=((INBOX, "worker.#"), (ORDERS, BEAT)),
+        length_max=10_000,
+        message_ttl_s=10.0,
+        overhears=True,
     )
 
 

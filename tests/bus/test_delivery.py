@@ -183,6 +183,29 @@ async def test_a_full_durable_queue_refuses(place: Place) -> None:
     assert inbox.numbers == accepted
 
 
+async def test_copies_for_an_onlooker_hold_nobody_up(place: Place) -> None:
+    bus, inbox = await place.bus(), Inbox()
+    copies = QueueSpec(
+        name="q",
+        kind="exclusive",
+        bindings=QUEUE.bindings,
+        prefetch=5,
+        length_max=10,
+        overhears=True,
+    )
+    inbox.gate.clear()
+    await bus.consume(copies, inbox)
+    for number in range(100):
+        await bus.publish(TO_QUEUE, numbered(number))
+    await place.inject(TO_QUEUE, b"no message")
+    inbox.gate.set()
+    await inbox.until(10)
+    assert inbox.numbers[0] == 0
+    assert inbox.numbers[-1] == 99, "the oldest have gone"
+    assert len(inbox.numbers) < 50
+    assert await place.dead_letters() == []
+
+
 async def test_a_slow_consumer_leaves_the_backlog_in_the_broker(place: Place) -> None:
     sender, receiver = await place.bus(), await place.bus()
     inbox = Inbox()

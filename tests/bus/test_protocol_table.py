@@ -12,12 +12,15 @@ from shared.bus.topology import (
     SCHEDULER_QUEUE,
     estimator_beat_queue,
     gateway_queue,
+    onlooker_queue,
     worker_queue,
 )
 from shared.messages import ToEstimator, ToGateway, ToScheduler, ToWorker
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
-PER_BOOT = (gateway_queue("<boot>"), worker_queue("<boot>"), estimator_beat_queue("<boot>"))
+PER_BOOT = tuple(
+    queue("<boot>") for queue in (gateway_queue, worker_queue, estimator_beat_queue, onlooker_queue)
+)
 
 
 def test_every_message_has_its_row() -> None:

@@ -124,8 +124,10 @@ async def _send_all(
     async with asyncio.timeout(SETTLE_S):
         while len(targets := _targets(management, vhost)) < TARGETS:
             await asyncio.sleep(0.1)  # the estimator may join after the gateway is ready
-    for number in range(messages):
+    number = 0
+    while found.sent.total() < messages:
         exchange, key = targets[number % len(targets)]
+        number += 1
         body = mutated(chance, encode(_as_from(chance, key, valid(chance))))
         try:
             message = decode(body)
