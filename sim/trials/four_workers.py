@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from sim.setup import Value
 from sim.trials.cell import Cell, Figures
 from sim.trials.kept import Kept
 from sim.trials.stats import mean_of, ratio_of
@@ -41,7 +42,7 @@ class Contender:
 
     name: str
     policy: str
-    constants: Mapping[str, float] = field(default_factory=dict)
+    constants: Mapping[str, Value] = field(default_factory=dict)
 
 
 BASE = Contender("central FCFS + Past-Future 3 %", "past-future", {"future_reserve": 0.03})
@@ -85,7 +86,7 @@ OWED = (
 )
 
 
-def cell_of(case: Case, one: Contender, seed: int, changes: Mapping[str, float]) -> Cell:
+def cell_of(case: Case, one: Contender, seed: int, changes: Mapping[str, Value]) -> Cell:
     """One of them."""
     constants = {**one.constants, **(changes if one.policy.startswith("tranche") else {})}
     return Cell(
@@ -117,7 +118,7 @@ class Row:
 
 
 def rows(
-    kept: Kept, seeds: int, contenders: Sequence[Contender], changes: Mapping[str, float]
+    kept: Kept, seeds: int, contenders: Sequence[Contender], changes: Mapping[str, Value]
 ) -> list[Row]:
     """Those of which something is kept, with BASE's figures of the same seeds."""
     found = []

@@ -72,6 +72,7 @@ def test_some_move_to_a_worker_that_joins_and_all_are_served_sooner() -> None:
     assert e2e_s(go) < 0.95 * e2e_s(stay)
     evictions = [worker.counts.evictions for worker in go.all_workers]
     assert sum(evictions) == 0  # nobody was short of memory
+    assert go.leader.core is not None
     assert go.leader.core.books.margin.evicted == 0
 
 
