@@ -13,6 +13,7 @@ from shared.messages import (
     Finished,
     OrderReturned,
     Park,
+    PredictionWanted,
     Recall,
     Rejected,
     RunSlice,
@@ -101,6 +102,8 @@ class SchedulerProcess(Process):
         match command:
             case Finished():
                 self.say(HISTORY, command, None, COMMAND_S)
+            case PredictionWanted():
+                raise AssertionError("no estimator of a storm has said that it predicts")
             case SchedulerBeat():
                 for queue in self._listeners():
                     self.say(queue, command, None, COMMAND_S)

@@ -45,9 +45,6 @@ the second; a takeover takes a second, noticing a loss 2 or 3, a listing of what
 SETTLE_S = 14.0
 """Until what is left must be gone: a worker lists what it holds every 10 s, a dead gateway is
 noticed after 3."""
-OVERDUE_S = 150.0
-"""A broker that breaks its promises may lose the `SliceDone` of a closed batch: the leader then
-counts the batch until it is overdue (120 s)."""
 GONE_S = 5.0
 """Until the requests of dead gateways do not wait any more."""
 PROBE_S = 8.0
@@ -230,9 +227,6 @@ class Storm:
             self._probe()
         if not self.judge.violations:
             world.run(world.now + SETTLE_S)
-            overdue_at = world.now + OVERDUE_S
-            while plan.harsh and self._counts_batches() and world.now < overdue_at:
-                world.run(world.now + SETTLE_S)
             check_end(self)
         return self._outcome(max(0.0, max(ended, default=0.0) - calm_at), limit_s)
 
@@ -286,12 +280,6 @@ class Storm:
     def _open(self) -> list[Asked]:
         """Requests of gateways that live."""
         return [asked for gateway in self.gateways for asked in gateway.open]
-
-    def _counts_batches(self) -> bool:
-        leader = self.leader
-        if leader is None or leader.core is None:
-            return False
-        return any(worker.batches for worker in leader.core.books.workers.active.values())
 
     def _settle(self) -> None:
         """The last fault may outlast the storm and all requests: a leader's line that is half
