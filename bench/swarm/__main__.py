@@ -75,9 +75,11 @@ class Driver:
 
     def counts(self) -> Counts:
         """The latest ones. Raises SystemExit if the process ended by itself."""
-        while not self._file.exists():
-            if self.process.poll() is not None:
-                raise SystemExit("the load generator ended; see its log")
+        while True:
+            if self.process.poll():
+                raise SystemExit("the load generator ended by itself; see its log")
+            if self._file.exists():
+                break
             time.sleep(0.2)
         return msgspec.json.decode(self._file.read_bytes(), type=Counts)
 

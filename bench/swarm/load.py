@@ -253,13 +253,16 @@ class Load:
         self._again.append((self._at + REFUSED_PAUSE_S, stream))
 
     def _lost(self, stream: Stream) -> None:
-        """The connection is gone. An idle one is no loss."""
+        """The connection is gone. One that has nothing under way is no loss."""
         fd = stream.line.fileno()
         self._poll.unregister(fd)
         del self._streams[fd]
         stream.line.close()
         if stream in self._idle:
             self._idle.remove(stream)
+            return
+        if any(each is stream for _, each in self._again):  # refused, and then closed
+            self._again = deque((at, each) for at, each in self._again if each is not stream)
             return
         self.counts.cut += 1
         self.counts.short += 1
