@@ -124,6 +124,17 @@ def test_a_dropped_request_says_nothing_more(bench: Bench) -> None:
     assert only(SliceDone, bench.do(wish))[0].refused == "unknown request"
 
 
+def test_an_order_that_comes_after_its_own_drop_is_not_begun(bench: Bench) -> None:
+    """Said again on a new line, behind what was said since: found by a storm, seed 9681."""
+    assert bench.do(Drop(epoch=0, worker="worker-1", request_id="a", attempt=1)) == []
+    said = bench.do(make_batch(make_order(make_spec("a")), epoch=0))
+    (done,) = only(SliceDone, said)
+    assert kinds(said) == ["SliceDone"]
+    assert [r.finish_reason for r in done.results] == ["cancelled"]
+    newer = make_batch(make_order(make_spec("a"), attempt=2), epoch=0, batch_id="b2")
+    assert kinds(bench.do(newer)) == ["StartBatch"]
+
+
 def test_a_drop_of_an_older_attempt_changes_nothing(bench: Bench) -> None:
     bench.do(make_batch(make_order(make_spec("a"), attempt=3), epoch=0))
     assert bench.do(Drop(epoch=0, worker="worker-1", request_id="a", attempt=2)) == []

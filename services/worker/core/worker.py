@@ -64,6 +64,9 @@ BATCHES_MAX = 64
 """Batches that run or wait here; a scheduler that sends more has lost sight of this worker."""
 BATCH_IDS_MAX = 4_096
 """Ids of earlier batches, to know a repeat. Repeats come within seconds of the first."""
+DROPS_MAX = 4_096
+"""Drops remembered, to know an order that comes after its own drop: what a broken line left
+unconfirmed is said again, behind what was said since."""
 LEAVE_S = 10.0
 """A leaving worker waits this long for a broker to take its last tokens."""
 DRAINING = "draining"
@@ -107,6 +110,8 @@ class Worker:
         self._open: dict[str, _OpenBatch] = {}
         self._leases = Leases(self._held)
         self._known: OrderedDict[str, None] = OrderedDict()
+        self._dropped: OrderedDict[str, int] = OrderedDict()
+        """Request -> the latest attempt that was dropped."""
         self._outbox = Outbox(worker)
         self._retained = Retained()
         self._next_beat = now
@@ -213,6 +218,8 @@ class Worker:
             if fault:
                 faulty.append(refused_result(share, "error", fault))
                 self._send(error_run(share, fault), share.spec.gateway, now)
+            elif share.attempt <= self._dropped.get(share.spec.request_id, 0):
+                faulty.append(refused_result(share, "cancelled", "it was dropped"))
             elif held is not None and held.attempt > share.attempt:
                 faulty.append(refused_result(share, "cancelled", "a newer attempt is here"))
             else:
@@ -257,6 +264,10 @@ class Worker:
     def _on_drop(self, drop: Drop) -> list[Command]:
         self._retained.forget(drop.request_id, drop.attempt)
         self._outbox.forget(drop.request_id, drop.attempt)
+        latest = max(drop.attempt, self._dropped.pop(drop.request_id, 0))
+        self._dropped[drop.request_id] = latest
+        if len(self._dropped) > DROPS_MAX:
+            self._dropped.popitem(last=False)
         return self._let_go(drop.request_id, drop.attempt)
 
     def _let_go(self, request_id: str, attempt: int) -> list[Command]:
