@@ -102,7 +102,8 @@ def waits(
     mesh = SimMesh(setup)
     mesh.start()
     run_out(mesh)
-    others, own = [], []
+    others: list[float] = []
+    own: list[float] = []
     for call in mesh.clients.calls:
         assert call.first_at is not None, "a request got no token"
         wait_s = call.first_at - call.sent_at
