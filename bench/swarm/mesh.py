@@ -102,6 +102,9 @@ def _beam(keeper: psutil.Popen) -> list[psutil.Process]:
     return [p for p in keeper.children(recursive=True) if p.name().startswith("beam")]
 
 
+_LIMITS = ("--open-requests-max", "16384", "--connections-max", "16640")
+
+
 def _services(plan: Plan, mesh: SwarmMesh, logs: Path, started: list[psutil.Popen]) -> None:
     ports = free_ports(plan.gateways + plan.processes)
     model = ["--model", str(plan.model)]
@@ -111,8 +114,7 @@ def _services(plan: Plan, mesh: SwarmMesh, logs: Path, started: list[psutil.Pope
             ["scheduler", "--policy", plan.policy, "--slice-tokens", str(plan.slice_tokens)]
         ],
         "gateway": [
-            ["gateway", *model, "--port", str(port), "--open-requests-max", "16384"]
-            for port in ports[: plan.gateways]
+            ["gateway", *model, "--port", str(port), *_LIMITS] for port in ports[: plan.gateways]
         ],
         "worker": [
             _worker(plan, number, port) for number, port in enumerate(ports[plan.gateways :])
