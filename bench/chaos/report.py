@@ -68,7 +68,7 @@ def recovery_table(runs: Sequence[Run]) -> Table:
         alone = [one for one in ones if one.alone and one.streams]
         pauses = [one.pause_s for one in alone]
         bounds = [one.bound_s for one in ones]
-        beyond = sum(one.pause_s > one.bound_s for one in alone) if max(bounds) else 0
+        beyond = sum(0 < one.bound_s < one.pause_s for one in alone)
         table.add_row(
             kind,
             role,
