@@ -49,7 +49,8 @@ KV_SHARE_OF_ALL = 0.5
 """Of the free memory, for the KV of all workers of this process, where they are many."""
 
 LOADING = (
-    "Tranche starts: loading the model {model}; this takes a few seconds, large models longer."
+    "Tranche starts: loading the model {model}; this takes a few seconds, "
+    "large models and the first start, which compiles kernels, longer."
 )
 BANNER = """
 Tranche is ready after {seconds:.1f} s:  {url}

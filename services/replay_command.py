@@ -68,9 +68,13 @@ def replay(
 
 
 def _tell(data: bytes, request_id: str) -> None:
-    lines = story(data, request_id)
+    # Clients see a prefix that says what they asked for.
+    lines = story(data, request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
     if not lines:
-        raise SetupError(f"the journal knows no request {request_id!r}; give the begin of an id")
+        raise SetupError(
+            f"the journal knows no request {request_id!r}; give the beginning of an id, as clients "
+            "get it or as logs and traces have it"
+        )
     typer.echo(public_id("\n".join(lines)))
 
 

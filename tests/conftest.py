@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,13 @@ import pytest
 from shared.bus.api import Bus
 from shared.bus.connect import forget_memory_broker, make_bus
 from shared.bus.memory import MemoryBroker, MemoryBus
-from tests.rabbitmq import BOOT_TIMEOUT_S, INSTALL_TIMEOUT_S, Management, management_of
+from tests.rabbitmq import (
+    BOOT_TIMEOUT_S,
+    INSTALL_TIMEOUT_S,
+    Management,
+    free_ports,
+    management_of,
+)
 
 SESSION_FOLDER = "PYTEST_BROKER_FOLDER"
 SESSION_PID = "PYTEST_BROKER_OWNER"
@@ -111,9 +116,8 @@ async def any_bus(any_bus_url: str) -> AsyncIterator[Bus]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on, below those that clients' sockets are given."""
+    return free_ports(1)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from shared.messages import (
     Message,
     OrderReturned,
     RequestSpec,
-    SchedulerBeat,
+    ToEstimator,
     ToGateway,
     ToScheduler,
     ToWorker,
@@ -125,7 +125,7 @@ def received(data: bytes, cores: Cores) -> str:
 
 def kinds_of_wire() -> set[str]:
     """Every message that travels."""
-    wire = (ToScheduler, ToGateway, ToWorker, Finished | SchedulerBeat)
+    wire = (ToScheduler, ToGateway, ToWorker, ToEstimator)
     return {kind.__name__ for union in wire for kind in get_args(union)}
 
 
