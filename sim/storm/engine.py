@@ -193,10 +193,12 @@ class StormEngine:
         tokens: list[StepTokens] = []
         left: list[LeaseEnd] = []
         for row in list(self._rows.values()):
+            if self._rows.get(row.spec.request_id) is not row:
+                continue  # evicted by an earlier one
             if row.parked:
                 left.append(LeaseEnd(row.spec.request_id, row.attempt))
                 del self._rows[row.spec.request_id]
-            elif not row.paused and self._rows.get(row.spec.request_id) is row:
+            elif not row.paused:
                 left += self._make_room(row)
                 if self._rows.get(row.spec.request_id) is row and self._prefilled(row):
                     tokens.append(self._advance(row, min(row.until, row.whole)))

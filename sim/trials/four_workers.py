@@ -46,9 +46,11 @@ class Contender:
 
 
 BASE = Contender("central FCFS + Past-Future 3 %", "past-future", {"future_reserve": 0.03})
+PREFILL_ESTIMATED: Mapping[str, Value] = {"future_reserve": 0.03, "bind_backlog_estimated": True}
 CONTENDERS = (
     BASE,
     Contender("past-future (5 %)", "past-future"),
+    Contender("base, prefill estimated", "past-future", PREFILL_ESTIMATED),
     Contender("tranche", "tranche"),
 )
 MORE = tuple(

@@ -115,6 +115,7 @@ def test_changes_are_for_tranche_alone() -> None:
     assert [dict(c.constants) for c in cells] == [
         {"future_reserve": 0.03},
         {},
+        dict(four_workers.PREFILL_ESTIMATED),
         {"volume_boost_s": 5.0},
     ]
 

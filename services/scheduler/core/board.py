@@ -38,6 +38,10 @@ class Board:
     """The least input tokens that this worker's gate has refused since its leases last changed."""
     rests_until: FloatArray = field(default_factory=_empty)
     """After a refused order."""
+    under_way: FloatArray = field(default_factory=_empty)
+    """Leased: input tokens whose prefill is under way,"""
+    since: FloatArray = field(default_factory=_empty)
+    """and since when."""
     holds: FloatArray = field(default_factory=_empty)
     """Leased: the most tokens of one request that it can serve."""
     batches: FloatArray = field(default_factory=_empty)
@@ -46,6 +50,8 @@ class Board:
     """Closed: seconds of work in them, by estimate."""
     sharing: int = 0
     """Workers that share the KV of equal beginnings."""
+    prefill_token_s: float = 1e-4
+    """Seconds per token of input, as the reports tell."""
     mean: float = 0.0
     """Expected output tokens of a request; 0: not known."""
     changed: dict[str, Worker] = field(default_factory=dict)
@@ -59,6 +65,8 @@ class Board:
         self.free = np.append(self.free, 0.0)
         self.refused = np.append(self.refused, np.inf)
         self.rests_until = np.append(self.rests_until, worker.cool_until)
+        self.under_way = np.append(self.under_way, 0.0)
+        self.since = np.append(self.since, 0.0)
         self.holds = np.append(self.holds, 0.0)
         self.batches = np.append(self.batches, 0.0)
         self.loads = np.append(self.loads, 0.0)
@@ -77,6 +85,8 @@ class Board:
         self.free = np.delete(self.free, place)
         self.refused = np.delete(self.refused, place)
         self.rests_until = np.delete(self.rests_until, place)
+        self.under_way = np.delete(self.under_way, place)
+        self.since = np.delete(self.since, place)
         self.holds = np.delete(self.holds, place)
         self.batches = np.delete(self.batches, place)
         self.loads = np.delete(self.loads, place)
@@ -107,6 +117,8 @@ class Board:
         gauges.kv_used[place] = used
         gauges.kv_total[place] = total
         gauges.backlog[place] = credit.backlog_tokens
+        self.under_way[place] = credit.under_way_tokens()
+        self.since[place] = credit.prefill_since
         self.holds[place] = min(worker.info.context_tokens_max, total // block * block)
         line = worker.line
         gauges.waiting[place] = len(line) if line is not None else 0
@@ -164,7 +176,7 @@ class Board:
 
     def set_pace(self, prefill_token_s: float, token_s: float) -> None:
         """Seconds per token, as the reports tell; one pace for all workers."""
-        self.gauges.prefill_token_s[:] = prefill_token_s
+        self.prefill_token_s = self.gauges.prefill_token_s[:] = prefill_token_s
         self.gauges.iteration_s[:] = token_s
 
     def foresee(self, worker: Worker, *, peak_tokens: float, busy_s: float) -> None:
@@ -201,17 +213,34 @@ class Board:
         backlog_below: float,
         running_below: float,
         now: float,
+        estimated: bool = False,
     ) -> IntArray:
         """Places that may take a request: so many KV tokens are free, less than so much prefill
         is queued, and no like request has been refused there lately."""
         gauges = self.written()
         return np.flatnonzero(
             (self.free >= need_tokens)
-            & (gauges.backlog < backlog_below)
+            & (self._backlog(now, estimated=estimated) < backlog_below)
             & (gauges.running < running_below)
             & (self.refused > input_tokens)
             & (self.rests_until <= now)
         )
+
+    def _backlog(self, now: float, *, estimated: bool) -> FloatArray:
+        """Prefill that is queued; `estimated`: less what must be done of that under way."""
+        if not estimated:
+            return self.gauges.backlog
+        done = np.maximum(0.0, now - self.since) / self.prefill_token_s
+        return self.gauges.backlog - np.minimum(self.under_way, done)
+
+    def runs_short_at(self, backlog_below: float, now: float) -> float | None:
+        """When the first worker that has too much prefill queued now should have less than so much,
+        without a word of it; None: none should."""
+        gauges = self.written()
+        over = gauges.backlog - backlog_below
+        at = self.since + (over + 1) * self.prefill_token_s
+        later = at[(over >= 0) & (over < self.under_way) & (at > now) & (self.free > 0)]
+        return float(later.min()) if later.size else None
 
     def hindrance(
         self,
@@ -220,6 +249,7 @@ class Board:
         backlog_below: float,
         running_below: float,
         now: float,
+        estimated: bool = False,
     ) -> WaitsFor:
         """Why `with_room` found nobody: the first of these that leaves no worker."""
         gauges = self.written()
@@ -228,7 +258,7 @@ class Board:
             ("workers", left),
             ("room", self.free >= need_tokens),
             ("places", gauges.running < running_below),
-            ("prefill", gauges.backlog < backlog_below),
+            ("prefill", self._backlog(now, estimated=estimated) < backlog_below),
         )
         for name, passing in steps:
             left = left & passing

@@ -28,6 +28,10 @@ class Credit:
     """What all leases would fill if every request made as much as it may."""
     backlog_tokens: int = 0
     """Input of leases that have made no token yet: prefill that is still to be done."""
+    prefilling: dict[str, Request] = field(default_factory=dict)
+    """Who made no token yet, in order of admission: the first one's prefill is under way."""
+    prefill_since: float = 0.0
+    """When that began."""
 
     def capacity_blocks(self, capacity_tokens: int) -> int:
         return capacity_tokens // self.block_tokens
@@ -41,7 +45,7 @@ class Credit:
         slots = self.blocks_for(request, until) * self.block_tokens
         return min(max(until, slots - request.prompt_tokens + 1), request.spec.max_tokens)
 
-    def take(self, request: Request, until: int) -> None:
+    def take(self, request: Request, until: int, now: float) -> None:
         """A new lease here."""
         request.until, request.listed = until, 0
         request.blocks = self.blocks_for(request, until)
@@ -51,6 +55,9 @@ class Credit:
         self.blocks += request.blocks
         self.worst_blocks += self.blocks_for(request, request.spec.max_tokens)
         self.backlog_tokens += request.backlog_tokens
+        if not self.prefilling:
+            self.prefill_since = now
+        self.prefilling[request.request_id] = request
         request.backlog_ahead = self.backlog_tokens
 
     def extend(self, request: Request, until: int) -> None:
@@ -60,18 +67,27 @@ class Credit:
         request.until, request.blocks = until, blocks
         self.wanting.pop(request.request_id, None)
 
-    def prefilled(self, request: Request) -> None:
+    def prefilled(self, request: Request, now: float) -> None:
         """It has made its first token here."""
         request.first_token = True
-        self.backlog_tokens -= request.backlog_tokens
+        self._end_prefill(request, now)
         request.backlog_tokens = 0
+
+    def _end_prefill(self, request: Request, now: float) -> None:
+        self.backlog_tokens -= request.backlog_tokens
+        if self.prefilling.pop(request.request_id, None) is not None:
+            self.prefill_since = now
+
+    def under_way_tokens(self) -> int:
+        """Input of the request whose prefill is under way."""
+        return next((request.backlog_tokens for request in self.prefilling.values()), 0)
 
     def park(self, request: Request) -> None:
         """It was told to end its lease."""
         self.parking_blocks += request.blocks
         self.wanting.pop(request.request_id, None)
 
-    def release(self, request: Request, *, parking: bool) -> None:
+    def release(self, request: Request, now: float, *, parking: bool) -> None:
         """It is not here any more."""
         if self.leases.pop(request.request_id, None) is None:
             return
@@ -80,5 +96,5 @@ class Credit:
         self.worst_blocks -= self.blocks_for(request, request.spec.max_tokens)
         if parking:
             self.parking_blocks -= request.blocks
-        self.backlog_tokens -= request.backlog_tokens
+        self._end_prefill(request, now)
         request.until = request.blocks = request.backlog_tokens = 0

@@ -37,7 +37,7 @@ def take_report(
     passed_s = now - request.heard_at
     if first:
         books.pace.saw_prefill(request.backlog_ahead, passed_s)
-        worker.credit.prefilled(request)
+        worker.credit.prefilled(request, now)
     else:
         books.pace.saw_tokens(made, passed_s)
         books.crowding.saw(len(worker.credit.leases), made, passed_s)

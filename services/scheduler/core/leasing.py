@@ -82,7 +82,11 @@ def _next_round_at(books: Books, round_: Round) -> float | None:
         return round_.now + books.constants.round_rest_s
     if not books.requests.pool:
         return None
-    return books.board.rested_at(round_.now)
+    at, cap = books.board.rested_at(round_.now), books.constants.bind_backlog_tokens
+    if not cap or not books.constants.bind_backlog_estimated:
+        return at
+    runs_out = books.board.runs_short_at(cap, round_.now)
+    return min((t for t in (at, runs_out) if t is not None), default=None)
 
 
 # ------------------------------------------------------------------------------------ admission
@@ -207,7 +211,9 @@ def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
     return False
 
 
-def _room_for(books: Books, request: Request, now: float) -> tuple[int, int, float, float, float]:
+def _room_for(
+    books: Books, request: Request, now: float
+) -> tuple[int, int, float, float, float, bool]:
     """What it asks of a worker; see `Board.with_room`."""
     constants = books.constants
     return (
@@ -216,6 +222,7 @@ def _room_for(books: Books, request: Request, now: float) -> tuple[int, int, flo
         constants.bind_backlog_tokens or np.inf,
         constants.running_max or np.inf,
         now,
+        constants.bind_backlog_estimated,
     )
 
 
@@ -231,7 +238,10 @@ def _has_room(books: Books, worker: Worker, request: Request, now: float) -> boo
         return False
     cap = constants.bind_backlog_tokens
     if cap and credit.backlog_tokens >= cap:
-        return False
+        passed_s = now - credit.prefill_since if constants.bind_backlog_estimated else 0.0
+        done = min(credit.under_way_tokens(), passed_s / books.pace.prefill_token_s)
+        if credit.backlog_tokens - done >= cap:
+            return False
     if request.context_tokens > info.context_tokens_max:
         return False
     until = request.output_tokens + _first_lease(books, request)
@@ -315,7 +325,7 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at, request.overtaken, request.left = now, 0.0, 0, ""
     _settle(books, worker, request)
-    worker.credit.take(request, until)
+    worker.credit.take(request, until, now)
     books.lines.charge(request, worker, request.input_tokens, 0)
     books.board.update(worker)
     out.orders.append(

@@ -32,7 +32,7 @@ def _move(
         books.parking.pop(request.request_id, None)
         request.parked_for = ""
     if before in HELD and request.state not in HELD and worker is not None:
-        worker.credit.release(request, parking=before is State.PARKING)
+        worker.credit.release(request, now, parking=before is State.PARKING)
         books.touch(worker)
     if request.state is State.WAITING and not request.paused:
         _into_line(books, request, now)

@@ -127,6 +127,7 @@ def _has_room(books: Books, own: int, now: float) -> bool:
         constants.bind_backlog_tokens or np.inf,
         constants.running_max or np.inf,
         now,
+        constants.bind_backlog_estimated,
     )
     return bool(eligible.size)
 

@@ -47,6 +47,9 @@ class Constants:
     bind_backlog_tokens: int = 1024
     """A worker with this much prefill queued gets no further request [S: about one chunk, to 1024;
     without it, late binding loses its advantage]. 0: no limit."""
+    bind_backlog_estimated: bool = False
+    """Of a prefill that is under way only what should be left by now counts as queued: workers
+    tell of it when it is over, and meanwhile would run out of prefill [T]."""
     running_max: int = 256
     """Leases of one worker (vLLM's max_num_seqs). 0: only memory limits them."""
     gate_tests_max: int = 64

@@ -79,10 +79,10 @@ def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, n
     moves.hold(books, request, Cause.CLAIM, claim.worker, "adopted", claim.attempt, now)
     made = max(claim.position, request.output_tokens)
     reach = claim.until or made + books.constants.slice_tokens + margin_tokens(books)
-    worker.credit.take(request, min(max(made, reach), request.spec.max_tokens))
+    worker.credit.take(request, min(max(made, reach), request.spec.max_tokens), now)
     request.listed = made
     if claim.position > 0:
-        worker.credit.prefilled(request)
+        worker.credit.prefilled(request, now)
     short = request.until - made <= margin_tokens(books)
     if short and not request.paused and request.until < request.spec.max_tokens:
         worker.credit.wanting[request.request_id] = request

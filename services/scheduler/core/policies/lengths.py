@@ -17,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.scheduler.core.draws import Draws
-from services.scheduler.core.policies.survival import Survival, kinds_of, survival_of
+from services.scheduler.core.policies.survival import (
+    LENGTH_MAX,
+    Survival,
+    kinds_of,
+    survival_of,
+)
 from services.scheduler.core.settings import Constants
 from shared.messages import LengthClass, LengthForecast
 from shared.tokens import TOKEN_BYTES
@@ -66,6 +71,7 @@ class LengthModel:
 
     def left_tokens(self, made: int, cap: int, kind: int) -> float:
         """The mean of what a request of a class has left, by the survival function."""
+        made, cap = min(made, LENGTH_MAX), min(cap, LENGTH_MAX)
         known = self._left.get((cap, kind)) if made <= 0 else None
         if known is None:
             made_, cap_, kind_ = (_one(value) for value in (made, cap, kind))
@@ -76,6 +82,7 @@ class LengthModel:
 
     def quantiles(self, levels: tuple[float, ...], cap: int, kind: int) -> tuple[float, ...]:
         """Of the output of a new request of a class, by the survival function."""
+        cap = min(cap, LENGTH_MAX)
         key = (levels, cap, kind)
         known = self._quantiles.get(key)
         if known is None:
