@@ -21,6 +21,8 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     text: str = ""
+    token_ids: list[int] | None = None
+    """Where they were asked for; a token may have no text of its own."""
     delta: _Delta | None = None
     finish_reason: str | None = None
 
@@ -65,7 +67,7 @@ class _Stream:
         if chunk.usage is not None:
             self.usage = chunk.usage
         for choice in chunk.choices:
-            if choice.content:
+            if choice.content or choice.token_ids:
                 self._content(now_s)
             self.finished = self.finished or choice.finish_reason is not None
 

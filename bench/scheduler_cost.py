@@ -10,9 +10,7 @@ Garbage is collected by the rules of the scheduler's process (`services/schedule
 within the timed calls.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -25,44 +23,23 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.scheduler_growth import growth_page
+from bench.scheduler_mesh import EVENT_GAP_S, ROUND_S, BenchMesh
+from bench.scheduler_requests import LOADS, USUAL, Load
 from services.scheduler.core.policies.pacing import PACINGS
-from services.scheduler.core.presets import PRESETS, Preset, preset_named
+from services.scheduler.core.presets import PRESETS, preset_named
 from services.scheduler.core.scheduler import Scheduler
 from services.scheduler.core.settings import Constants
 from services.scheduler.garbage import spare_full_collections
-from shared import tokens
-from shared.messages import (
-    Elected,
-    GatewayBeat,
-    Park,
-    RequestSpec,
-    RunSlice,
-    SchedulerCommand,
-    SchedulerEvent,
-    SliceDone,
-    SliceResult,
-    SliceTimings,
-    Submit,
-    WorkerBeat,
-    WorkerInfo,
-    WorkerMemory,
-)
+from shared.messages import Elected, GatewayBeat
 
 RESULTS = Path(__file__).parent / "results"
-KV_TOKENS = 16_384
-BLOCK_TOKENS = 16
 SLOW_S = 0.05
 """No single call may take longer."""
-EVENT_GAP_S = 0.0005
-"""Between two reports: a thousand workers, each heard of twice a second."""
-ROUND_S = 0.5
-"""Between rounds by the clock: in it the workers end about what a round gives them."""
 BATCHES_DEALT = 2
 """Given to a worker by policies that deal ahead: the pool is long only where their queues are
 full, and full queues of the usual length would take half a million requests to fill."""
-LEASES_REPORTED = 3
-"""Progress reports in a message, beside one end."""
-PROMPTS = tuple(tokens.pack([0] * size) for size in (16, 60, 120, 250, 500, 1000, 2000))
+FORECAST_EVERY = 1_000
+"""Reports between two words of the estimator: four times as often as in a real mesh."""
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,9 +52,13 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     mean_s: float
     p99_s: float
     slowest_s: float
+    slowest: str = ""
+    """What the slowest call was told; empty: the clock's deadline."""
     over_limit: int
     placed: int
     """Requests placed meanwhile: a core that does nothing is quick."""
+    load: str = USUAL.name
+    """What came; see `scheduler_requests`."""
     rounds: int = 0
     """Rounds of closed batches that began meanwhile."""
     waiting_least: int = 0
@@ -86,210 +67,15 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """All calls of the longest round together."""
 
 
-@dataclass(slots=True)
-class _Mesh:
-    """The core and what its workers would say."""
-
-    preset: Preset
-    rng: Random
-    core: Scheduler
-    now: float = 0.0
-    sent: int = 0
-    placed: int = 0
-    seconds: list[float] = field(default_factory=list)
-    leases: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
-    """Worker to request to (attempt, position, until)."""
-    batches: dict[str, list[RunSlice]] = field(default_factory=dict)
-    parks: list[Park] = field(default_factory=list)
-    queue: int = 0
-    """How many are to wait when a round begins."""
-    rounds: int = 0
-    round_s: float = 0.0
-    """Of the round that is being made, so far."""
-    round_s_max: float = 0.0
-    waiting_least: int = 1 << 62
-
-    def say(self, event: SchedulerEvent | None) -> None:
-        """One timed call."""
-        core, book = self.core, self.core.books.rounds
-        making, last_at, pool = book.making, book.last_at, len(core.books.requests.pool)
-        began = time.process_time()
-        commands = core.wake(self.now) if event is None else core.handle(event, self.now)
-        seconds = time.process_time() - began
-        self.seconds.append(seconds)
-        if making is None and (book.making is not None or book.last_at != last_at):
-            self.rounds += 1
-            self.round_s = 0.0
-            self.waiting_least = min(self.waiting_least, pool)
-        self.round_s += seconds
-        if making is not None or book.making is not None:
-            self.round_s_max = max(self.round_s_max, self.round_s)
-        for command in commands:
-            self._obey(command)
-
-    @property
-    def timed(self) -> bool:
-        """Rounds of closed batches come by the clock, not by what workers say."""
-        return self.preset.form == "closed" and not PACINGS[self.preset.pacing].deals
-
-    def round_is_near(self) -> bool:
-        """Whoever is to be in the next round has to be there now."""
-        book = self.core.books.rounds
-        return book.making is None and self.now + EVENT_GAP_S >= book.last_at + ROUND_S
-
-    def fill_up(self) -> None:
-        """As many wait as are to."""
-        while len(self.core.books.requests.pool) < self.queue:
-            self.submit()
-
-    def pass_time(self, seconds: float) -> None:
-        """Keep the deadlines on the way."""
-        end = self.now + seconds
-        while (deadline := self.core.deadline()) is not None and deadline <= end:
-            self.now = max(self.now, deadline)
-            self.say(None)
-        self.now = end
-        parks, self.parks = self.parks, []
-        for park in parks:
-            self._parked(park)
-
-    def submit(self) -> None:
-        """One more request."""
-        self.sent += 1
-        spec = RequestSpec(
-            request_id=f"r{self.sent}",
-            parent_id="",
-            gateway="g",
-            model="m",
-            tenant=f"t{self.sent % 16}",
-            prompt=self.rng.choice(PROMPTS),
-            max_tokens=1024,
-            ttft_deadline_ms=self.rng.choice((None, 2000, 10_000)),
-        )
-        self.say(Submit(spec=spec))
-
-    def beat(self, name: str) -> None:
-        """A worker's sign of life."""
-        info = WorkerInfo(
-            worker=name,
-            name=name,
-            engine="bench",
-            forms=(self.preset.form,),
-            model="m",
-            context_tokens_max=KV_TOKENS,
-            kv_block_tokens=BLOCK_TOKENS if self.preset.form == "leased" else 1,
-        )
-        self.say(WorkerBeat(info=info, memory=WorkerMemory(kv_tokens_capacity=KV_TOKENS)))
-
-    def report(self, name: str) -> None:
-        """A worker's next report."""
-        if self.preset.form == "closed":
-            self._batch_ends(name)
-        else:
-            self._leases_go_on(name)
-
-    def _obey(self, command: SchedulerCommand) -> None:
-        if isinstance(command, Park):
-            self.parks.append(command)
-        if not isinstance(command, RunSlice):
-            return
-        self.placed += len(command.orders)
-        if command.form == "closed":
-            self.batches.setdefault(command.worker, []).append(command)
-            return
-        held = self.leases.setdefault(command.worker, {})
-        for order in command.orders:
-            made = tokens.count(order.tokens)
-            held[order.spec.request_id] = (order.attempt, made, made + order.lease_tokens)
-        for renewal in command.renewals:
-            if renewal.request_id in held:
-                attempt, made, _ = held[renewal.request_id]
-                held[renewal.request_id] = (attempt, made, renewal.until)
-
-    def _parked(self, park: Park) -> None:
-        lease = self.leases.get(park.worker, {}).pop(park.request_id, None)
-        if lease is not None:
-            attempt, made, _ = lease
-            result = SliceResult(request_id=park.request_id, attempt=attempt, position=made)
-            self.say(self._done(park.worker, "", (result,)))
-
-    def _leases_go_on(self, name: str) -> None:
-        held = self.leases.get(name, {})
-        chosen = self.rng.sample(sorted(held), min(len(held), LEASES_REPORTED + 1))
-        results = []
-        for place, request_id in enumerate(chosen):
-            attempt, made, until = held[request_id]
-            ends = place == 0
-            upto = until if ends else max(made, until - 1)
-            results.append(
-                SliceResult(
-                    request_id=request_id,
-                    attempt=attempt,
-                    position=made,
-                    tokens=tokens.pack([0] * (upto - made)),
-                    finish_reason="stop" if ends else None,
-                    resident=not ends,
-                )
-            )
-            if ends:
-                del held[request_id]
-            else:
-                held[request_id] = (attempt, upto, until)
-        if results:
-            self.say(self._done(name, "", tuple(results)))
-
-    def _batch_ends(self, name: str) -> None:
-        waiting = self.batches.get(name)
-        if not waiting:
-            return
-        batch = waiting.pop(0)
-        results = tuple(
-            SliceResult(
-                request_id=order.spec.request_id,
-                attempt=order.attempt,
-                position=tokens.count(order.tokens),
-                tokens=tokens.pack([0] * order.lease_tokens),
-                finish_reason="stop" if self.rng.random() < 0.3 else None,
-            )
-            for order in batch.orders
-        )
-        self.say(self._done(name, batch.batch_id, results, batch))
-
-    def _done(
-        self,
-        name: str,
-        batch_id: str,
-        results: tuple[SliceResult, ...],
-        batch: RunSlice | None = None,
-    ) -> SliceDone:
-        timings = SliceTimings()
-        if batch is not None:
-            longest = max(
-                tokens.count(o.spec.prompt) + tokens.count(o.tokens) for o in batch.orders
-            )
-            timings = SliceTimings(
-                prefill_s=1e-4 * len(batch.orders) * longest + 0.02,
-                decode_s=0.03 * batch.iterations,
-                iterations=batch.iterations,
-                input_tokens_max=longest,
-                batch_size=len(batch.orders),
-            )
-        return SliceDone(
-            epoch=1,
-            worker=name,
-            batch_id=batch_id,
-            form=self.preset.form,
-            results=results,
-            timings=timings,
-            memory=WorkerMemory(kv_tokens_capacity=KV_TOKENS),
-        )
-
-
-def measure(policy: str, waiting: int, workers: int, events: int, seed: int = 0) -> Cost:
+def measure(
+    policy: str, waiting: int, workers: int, events: int, load: Load = USUAL, seed: int = 0
+) -> Cost:
     """One policy's cost with this many waiting requests and workers, over so many reports."""
-    mesh = _made(policy, waiting, workers, seed)
+    waiting = int(load.waiting_share * waiting)
+    mesh = _made(policy, waiting, workers, load, seed)
     names = [f"w{number}" for number in range(workers)]
     mesh.seconds.clear()
+    mesh.slowest.clear()
     mesh.placed = mesh.rounds = 0
     mesh.round_s_max, mesh.waiting_least = 0.0, 1 << 62
     for number in range(events):
@@ -303,15 +89,20 @@ def measure(policy: str, waiting: int, workers: int, events: int, seed: int = 0)
             mesh.beat(names[(number // 2) % workers])
         if number % 1000 == 0:
             mesh.say(GatewayBeat(gateway="g"))
+        if number % FORECAST_EVERY == 0:
+            mesh.foretell()
     ordered = sorted(mesh.seconds)
+    slowest_s, slowest = max((seconds, name) for name, seconds in mesh.slowest.items())
     return Cost(
         policy=policy,
+        load=load.name,
         waiting=waiting,
         workers=workers,
         calls=len(ordered),
         mean_s=sum(ordered) / len(ordered),
         p99_s=ordered[int(len(ordered) * 0.99)],
-        slowest_s=ordered[-1],
+        slowest_s=slowest_s,
+        slowest=slowest,
         over_limit=sum(seconds > SLOW_S for seconds in ordered),
         placed=mesh.placed,
         rounds=mesh.rounds,
@@ -320,7 +111,7 @@ def measure(policy: str, waiting: int, workers: int, events: int, seed: int = 0)
     )
 
 
-def _made(policy: str, waiting: int, workers: int, seed: int) -> _Mesh:
+def _made(policy: str, waiting: int, workers: int, load: Load, seed: int) -> BenchMesh:
     """A full mesh: every worker has work, and the queue is as long as asked."""
     preset = preset_named(policy)
     deals = preset.form == "closed" and PACINGS[preset.pacing].deals
@@ -331,10 +122,12 @@ def _made(policy: str, waiting: int, workers: int, seed: int) -> _Mesh:
         interval_floor_s=ROUND_S,
         interval_s=ROUND_S,
         worker_timeout_s=1e9,
+        **dict(load.constants),
     )
     truth = (lambda request_id: 200) if preset.needs_truth else None
-    mesh = _Mesh(preset, Random(seed), Scheduler(preset, constants, truth))
+    mesh = BenchMesh(preset, Random(seed), Scheduler(preset, constants, truth), load)
     mesh.say(Elected(epoch=1))
+    mesh.foretell()
     for number in range(workers):
         mesh.beat(f"w{number}")
     for _ in range(100 * workers + 2 * waiting):
@@ -346,7 +139,8 @@ def _made(policy: str, waiting: int, workers: int, seed: int) -> _Mesh:
         elif mesh.sent >= waiting:
             mesh.pass_time(ROUND_S)
             break
-    mesh.queue = waiting
+    mesh.queue, mesh.open_least = waiting, load.open_each * workers
+    mesh.fill_up()
     return mesh
 
 
@@ -358,6 +152,9 @@ def main(
     workers: Annotated[int, typer.Option(help="Workers of the mesh.")] = 1_000,
     events: Annotated[int, typer.Option(help="Reports of workers.")] = 4_000,
     growth: Annotated[bool, typer.Option(help="Also with shorter queues, and a plot.")] = False,
+    load: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: what requests ask for, or `all`.")
+    ] = None,
     results: Path = RESULTS,
 ) -> None:
     """Time every call of the core; exit code 1 if a limit is missed."""
@@ -365,13 +162,18 @@ def main(
     console = Console()
     costs: list[Cost] = []
     runs = list(_runs(policy or list(PRESETS), waiting, growth=growth))
-    for name, queue in track(runs, description="policies", console=console):
-        costs.append(measure(name, queue, workers, events))
+    loads = list(LOADS) if load and "all" in load else load or [USUAL.name]
+    cases = [(*run, LOADS[one]) for run in runs for one in loads]
+    for name, queue, one in track(cases, description="policies", console=console):
+        costs.append(measure(name, queue, workers, events, one))
         cost = costs[-1]
-        console.print(f"{name} {queue:,}: {1e3 * cost.mean_s:.3f}, {1e3 * cost.slowest_s:.1f} ms")
+        console.print(
+            f"{name} {queue:,} {one.name}: {1e3 * cost.mean_s:.3f}, {1e3 * cost.slowest_s:.1f} ms"
+        )
     console.print(_table(costs))
     results.mkdir(parents=True, exist_ok=True)
-    file = results / f"scheduler-cost-{datetime.now(UTC):%Y-%m-%d}.json"
+    which = "-".join(["scheduler-cost", *(policy or ())])
+    file = results / f"{which}-{datetime.now(UTC):%Y-%m-%d}.json"
     file.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=2) + b"\n")
     console.print(f"figures: {file}")
     if growth:
@@ -394,12 +196,15 @@ def _runs(policies: Sequence[str], waiting: int, *, growth: bool) -> Iterator[tu
 
 def _table(costs: Sequence[Cost]) -> Table:
     table = Table(title="CPU of the scheduler's core per call, in milliseconds")
-    for column in ("policy", "waiting", "workers", "calls", "mean", "p99", "slowest", "placed"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    for column in ("policy", "load"):
+        table.add_column(column)
+    for column in ("waiting", "workers", "calls", "mean", "p99", "slowest", "placed"):
+        table.add_column(column, justify="right")
     for cost in costs:
         milliseconds = (cost.mean_s, cost.p99_s, cost.slowest_s)
         table.add_row(
             cost.policy,
+            cost.load,
             f"{cost.waiting:,}",
             f"{cost.workers:,}",
             f"{cost.calls:,}",

@@ -109,6 +109,8 @@ class Books:
     beat_at: float = float("inf")
     watch_at: float = float("inf")
     leases_watched_at: float = float("-inf")
+    leases_unwatched: list[str] = field(default_factory=list)
+    """Workers whose leases this round of looks has still to see."""
     round_at: float | None = None
     """When the next round is due, as far as is known."""
     stirred: bool = True

@@ -3,7 +3,7 @@
 Requests are alike if their prompts are: on the Azure conversations the median of all outputs misses
 a request's own by 66 % (median), the median of outputs after prompts within 9 % of its length by
 13 %. Where the prompt says little (ShareGPT) nothing is lost. This is soft state: a new leader
-begins with the estimator's history of all.
+begins with what the estimator remembers.
 """
 
 from bisect import bisect_right
@@ -22,6 +22,9 @@ REACH = 2 * PER_OCTAVE
 """up to a factor of four away."""
 ENOUGH = 8
 """With fewer outputs than this nothing is said."""
+GUESSED_TOKENS = 200
+"""An output of which nothing is known: between the medians of the Azure conversations (129) and of
+ShareGPT (283) [T]. Admission by memory, which has to be careful, has stand-ins of its own."""
 
 
 @dataclass(slots=True)
@@ -31,13 +34,31 @@ class Outputs:
     _classes: dict[int, deque[int]] = field(default_factory=dict)
     _sorted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What was said of a class since its neighbourhood last changed."""
+    _latest: deque[int] = field(default_factory=lambda: deque(maxlen=WANTED))
+    """Of all classes."""
 
     def saw(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request ended by itself or at its limit."""
         key = _class_of(prompt_tokens)
         self._classes.setdefault(key, deque(maxlen=KEPT)).append(output_tokens)
+        self._latest.append(output_tokens)
         for near in range(key - REACH, key + REACH + 1):
             self._sorted.pop(near, None)
+
+    def learn(self, prompts: Sequence[int], outputs: Sequence[int]) -> None:
+        """What somebody else remembers, oldest first."""
+        for prompt_tokens, output_tokens in zip(prompts, outputs, strict=True):
+            self.saw(prompt_tokens, output_tokens)
+
+    def guess(self) -> int:
+        """A length where nothing is known of like requests: the median of the latest of all, with
+        a guess in the place of those that are too few."""
+        missing = max(0, ENOUGH - len(self._latest))
+        return middle(sorted((*self._latest, *(GUESSED_TOKENS,) * missing)))
+
+    def __bool__(self) -> bool:
+        """Something has been seen."""
+        return bool(self._latest)
 
     def like(self, prompt_tokens: int) -> tuple[int, ...]:
         """Recent outputs of like requests, ascending; empty if too few are known."""

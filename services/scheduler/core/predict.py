@@ -2,6 +2,7 @@
 
 Theory of operation. With leases a newcomer waits until the input ahead of it has been placed, at
 the rate at which waiting input was placed lately (waits.py), unless a worker has room for it now.
+Where the order is not that of arrival the queue says what is ahead of it (`ahead_tokens`).
 Then its prefill waits its turn, at the pace that reports tell (rate.py). Its length is that of the
 recent outputs of like prompts (outputs.py): half of them are longer. Closed batches are predicted
 from the fitted costs. Everything is O(1) in the number of waiting requests; what is predicted is
@@ -33,6 +34,8 @@ class Prediction:
 
     wait_s: float
     """Until a worker takes it."""
+    queue_s: float
+    """Until all that waits has been taken: the measure of how full the queue is."""
     start_s: float
     """Until its first token is there."""
     finish_s: float
@@ -56,15 +59,16 @@ class Prediction:
 def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     """What to expect for this new request."""
     own = tokens.count(spec.prompt)
+    _remember(books)
     outputs = books.outputs.like(own)
     length = min(_length(books, outputs), spec.max_tokens)
     if not books.leased:
         return _of_batches(books, own, length, outputs)
-    wait_s = _wait_s(books, spec.priority, own, now)
+    wait_s, queue_s = _waits_s(books, spec, own, now)
     pace = books.pace
     start_s = wait_s + pace.prefill_s(own + _least_backlog(books))
     finish_s = start_s + max(0, length - 1) * pace.token_s
-    return Prediction(wait_s, start_s, finish_s, pace.token_s, length, outputs)
+    return Prediction(wait_s, queue_s, start_s, finish_s, pace.token_s, length, outputs)
 
 
 def predict_output(books: Books, request: Request) -> None:
@@ -100,7 +104,7 @@ def predicted_wait_s(books: Books) -> float:
     return least_s + pooled * per_request_s / usable
 
 
-def drained_s(books: Books, waiting_tokens: int, now: float) -> float:
+def drained_s(books: Books, waiting_tokens: float, now: float) -> float:
     """Leased: how long it takes to place so much waiting input."""
     usable = books.board.taking
     if not usable:
@@ -111,10 +115,24 @@ def drained_s(books: Books, waiting_tokens: int, now: float) -> float:
     return min(WAIT_MAX_S, waiting_tokens / rate) if rate > 0 else WAIT_MAX_S
 
 
-def _wait_s(books: Books, priority: int, own: int, now: float) -> float:
+def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[float, float]:
+    """Until it is taken in its turn, and if all that waits were before it."""
     if not len(books.waits) and _has_room(books, own, now):
-        return 0.0
-    return drained_s(books, books.waits.ahead_tokens(priority) + own, now)
+        return 0.0, 0.0
+    everybody = books.waits.ahead_tokens(spec.priority)
+    queue_s = drained_s(books, everybody + own, now)
+    if books.lines.early or not everybody:
+        return queue_s, queue_s
+    newcomer = Request(
+        spec=spec,
+        number=books.requests.taken + 1,
+        prompt_tokens=own,
+        predicted_tokens=spec.predicted_output_tokens or 0,
+        arrived_at=now,
+    )
+    turn = books.lines.central.ahead_tokens(newcomer, now)
+    ahead = books.waits.ahead_tokens(spec.priority, turn)
+    return drained_s(books, ahead + own, now), queue_s
 
 
 def _has_room(books: Books, own: int, now: float) -> bool:
@@ -139,12 +157,20 @@ def _least_backlog(books: Books) -> int:
     return int(gauges.backlog[taking].min()) if taking.any() else 0
 
 
+def _remember(books: Books) -> None:
+    """A new leader knows the outputs that the estimator has sent."""
+    if books.outputs or books.forecast is None:
+        return
+    classes = books.forecast.classes
+    known = next((one for one in classes if one.model == books.workers.model), None)
+    whole = known is not None and len(known.prompts) == len(known.lengths)
+    if known is not None and whole and len(known.lengths) % tokens.TOKEN_BYTES == 0:
+        books.outputs.learn(tokens.unpack(known.prompts), tokens.unpack(known.lengths))
+
+
 def _length(books: Books, outputs: Sequence[int]) -> int:
     """The length that as many outputs exceed as not: of like requests, else of all."""
-    if outputs:
-        return middle(outputs)
-    known = books.lengths.lengths
-    return int(known[len(known) // 2]) if len(known) else books.lengths.longest or 1
+    return middle(outputs) if outputs else books.outputs.guess()
 
 
 def _of_batches(books: Books, own: int, length: int, outputs: Sequence[int]) -> Prediction:
@@ -155,4 +181,4 @@ def _of_batches(books: Books, own: int, length: int, outputs: Sequence[int]) -> 
     first_s, slice_s = cost.slice_s(rows, own, 1), cost.slice_s(rows, own, slice_tokens)
     token_s = max(1e-6, (wait_s + slice_s) / max(1, slice_tokens))
     finish_s = wait_s + max(first_s, length * token_s - wait_s)
-    return Prediction(wait_s, wait_s + first_s, finish_s, token_s, length, outputs)
+    return Prediction(wait_s, wait_s, wait_s + first_s, finish_s, token_s, length, outputs)

@@ -55,7 +55,7 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
     waiting, longest_s = books.waits.tokens, constants.wait_max_s
     limit = constants.waiting_max
     crowded = len(books.requests.open) >= limit and books.waiting >= limit
-    slow = bool(longest_s) and prediction.wait_s > longest_s
+    slow = bool(longest_s) and prediction.queue_s > longest_s
     if door.closed and waiting <= door.opens_at_tokens:
         door.closed = False
     if not door.closed and not crowded and not slow:
@@ -65,10 +65,10 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
         at_once = constants.closed_max_s / max(1e-9, drained_s(books, waiting, now)) * waiting
         kept = max(constants.reopen_share * waiting, waiting - at_once)
         door.opens_at_tokens = max(0, min(int(kept), waiting - 1))
-    passes = bool(longest_s) and prediction.wait_s < constants.reopen_share * longest_s
+    passes = bool(longest_s) and prediction.queue_s < constants.reopen_share * longest_s
     if not crowded and passes:
         return None
-    wait_s = prediction.wait_s
+    wait_s = prediction.queue_s
     detail = f"a wait of {wait_s:.1f} s" if slow else f"{books.waiting} requests are waiting"
     opens_s = drained_s(books, waiting - door.opens_at_tokens, now)
     retry_s = opens_s if books.leased else predicted_wait_s(books)

@@ -54,11 +54,14 @@ class Waits:
         """Workers may have come or gone."""
         self.served.turn(now, busy=bool(self._counted) and workers > 0)
 
-    def ahead_tokens(self, priority: int) -> int:
-        """What is served before a newcomer of this priority, in order of arrival."""
+    def ahead_tokens(self, priority: int, of_priority: float | None = None) -> float:
+        """What is served before a newcomer of this priority: of the same one `of_priority`, if that
+        is told, else all in order of arrival."""
         if len(self._by_priority) > PRIORITIES_MAX:
             return self.tokens
-        return sum(tokens for known, tokens in self._by_priority.items() if known <= priority)
+        own = self._by_priority.get(priority, 0)
+        better = sum(tokens for known, tokens in self._by_priority.items() if known < priority)
+        return better + (own if of_priority is None else min(own, of_priority))
 
 
 @dataclass(slots=True)

@@ -12,6 +12,8 @@ from shared.messages import SchedulerBeat
 
 LEASES_WATCH_S = 1.0
 """Between two looks at every lease: what they look for is seconds old at the least."""
+LEASES_LOOKED_MAX = 10_000
+"""In one call, about: some 15 ms. With more leases a round of looks takes several calls."""
 PARK_REPEAT_S = 1.0
 """A worker answers within an iteration; after this the order or the answer was lost."""
 
@@ -54,9 +56,7 @@ def watch(books: Books, now: float) -> None:
     books.watch_at = now + constants.watch_s
     books.stirred = True
     books.waits.look(now, workers=books.board.taking)
-    leases_too = books.leased and now - books.leases_watched_at >= LEASES_WATCH_S
-    if leases_too:
-        books.leases_watched_at = now
+    looked_at = _next_looked_at(books, now)
     books.largest_stale = True  # a worker's memory may have changed
     books.board.set_pace(books.pace.prefill_token_s, books.pace.token_s)
     for name, worker in list(books.workers.active.items()):
@@ -65,7 +65,7 @@ def watch(books: Books, now: float) -> None:
             continue
         for batch in [b for b in worker.batches.values() if now > b.due_at]:
             batch_overdue(books, worker, batch, now)
-        if leases_too:
+        if name in looked_at:
             park_paused(books, worker, now)
             _leases(books, worker, now)
     for gateway, seen_at in list(books.gateways.items()):
@@ -74,6 +74,23 @@ def watch(books: Books, now: float) -> None:
     _repeat_recalls(books, now)
     _give_up_misfits(books, now)
     books.requests.forget(now)
+
+
+def _next_looked_at(books: Books, now: float) -> set[str]:
+    """Leased: workers whose leases are looked at in this call."""
+    if not books.leases_unwatched:
+        if not books.leased or now - books.leases_watched_at < LEASES_WATCH_S:
+            return set()
+        books.leases_watched_at = now
+        books.leases_unwatched = list(books.workers.active)
+    looked_at: set[str] = set()
+    leases = 0
+    while books.leases_unwatched and leases < LEASES_LOOKED_MAX:
+        name = books.leases_unwatched.pop()
+        worker = books.workers.active.get(name)
+        leases += len(worker.credit.leases) if worker is not None else 0
+        looked_at.add(name)
+    return looked_at
 
 
 def _leases(books: Books, worker: Worker, now: float) -> None:

@@ -185,6 +185,31 @@ class Fair:
         names = self._least.leasts(count)
         return self._by_turns({name: self._tenants[name].first(count) for name in names})[:count]
 
+    def ahead_tokens(
+        self, request: Request, ahead: Callable[[Tenant, Request | None], float]
+    ) -> float:
+        """Input that is served before a newcomer: of its own tenant what is `ahead` of it, of
+        others' (`ahead` of nobody: all they have) until each was given as much."""
+        accounts, own = self._accounts, request.spec.tenant
+        lane = self._tenants.get(own)
+        mine = ahead(lane, request) if lane is not None else 0.0
+        given = accounts.given(own)
+        if lane is None:  # it will be lifted
+            given = max(given, min(map(accounts.given, self._tenants), default=given))
+        until = given + accounts.price(1, 0) * mine / accounts.weight(own)
+        others = 0.0
+        for name, other in self._tenants.items():
+            if name == own:
+                continue
+            lead = max(0.0, until - accounts.given(name)) * accounts.weight(name)
+            others += min(ahead(other, None), lead / max(1e-9, accounts.price(1, 0)))
+        return mine + others
+
+    @property
+    def tenants(self) -> int:
+        """Tenants that wait here."""
+        return len(self._tenants)
+
     def _by_turns(self, lanes: Mapping[str, Sequence[Request]]) -> list[Request]:
         turns: list[tuple[float, int, int]] = []
         requests: list[Request] = []

@@ -34,6 +34,10 @@ class Queue(Protocol):
     def first(self, count: int, now: float) -> list[Request]:
         """The first few of them, the head first."""
 
+    def ahead_tokens(self, request: Request, now: float) -> float | None:
+        """Input of those of its priority that are served before this newcomer, which is not in it,
+        if nobody else comes; None: of all that wait."""
+
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Service that a request has been given, here or after it left. Only `fair` keeps
         accounts; prefill is to be charged at placement, before the next head is asked for."""

@@ -66,6 +66,10 @@ class Ranked:
         """The first few, the head first; O(n log n)."""
         return self.ordered(now)[:count]
 
+    def ahead_tokens(self, request: Request, now: float) -> float | None:
+        """All of its priority."""
+        return None
+
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Nobody keeps accounts."""
 

@@ -22,6 +22,11 @@ from services.scheduler.core.state import Request
 
 LARGE = 3.0
 """Mean volumes from which a request gets no boost."""
+LOOKED_AT, OTHERS_LOOKED_AT = 128, 16
+"""Entries whose input is added up to tell what is ahead of one, of its own tenant and of each other
+one; of more these stand for all."""
+TENANTS_LOOKED_AT = 64
+"""With more tenants waiting, all that waits counts as ahead of a newcomer."""
 TIDIED = 3
 """Of those that have become late, put off with each newcomer."""
 
@@ -55,6 +60,17 @@ class Listed:
 
     def ordered(self, now: float) -> list[Request]:
         return self.first(len(self._entries))
+
+    def ahead_tokens(self, request: Request | None) -> float:
+        """About the input of those before a newcomer; of all for nobody."""
+        count, most = len(self._entries), OTHERS_LOOKED_AT
+        if request is not None:
+            count = bisect_left(self._entries, (self._key(request), request.number))
+            most = LOOKED_AT
+        if not count:
+            return 0.0
+        some = self._entries[: count : -(-count // most)]
+        return sum(entry[3].input_tokens for entry in some) / len(some) * count
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -116,6 +132,17 @@ class StandingQueue(Ranked):
                 if len(found) >= count:
                     break
         return found[:count]
+
+    def ahead_tokens(self, request: Request, now: float) -> float | None:
+        """Victims of its priority are before it, who is late behind it."""
+        rank = self._rank(request, now)
+        lane = self._lanes.get(rank)
+        if rank[2] or (isinstance(lane, Fair) and lane.tenants > TENANTS_LOOKED_AT):
+            return None
+        victims = self._lanes.get((rank[0], False, False))
+        first = sum(r.input_tokens for r in victims.ordered(now)) if victims is not None else 0
+        own = lane.ahead_tokens(request, _ahead_in) if isinstance(lane, Fair) else 0.0
+        return first + own
 
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
@@ -180,3 +207,8 @@ class StandingQueue(Ranked):
             decode_s = estimates.left_tokens(request) * estimates.token_s()
             latest.append(spec.deadline_ms / 1000 - estimates.prefill_s(request) - decode_s)
         return request.arrived_at + min(latest) if latest else None
+
+
+def _ahead_in(tenant: Tenant, request: Request | None) -> float:
+    assert isinstance(tenant, Listed)
+    return tenant.ahead_tokens(request)
