@@ -40,12 +40,6 @@ def test_classes_know_better_than_the_whole() -> None:
     assert known.left_tokens(0, 1000, kind_of(100)) == pytest.approx(275, rel=0.05)
 
 
-def test_a_prediction_is_a_class_of_its_own() -> None:
-    assert kind_of(10, 400) != kind_of(10)
-    assert kind_of(10, 400) == kind_of(3000, 400)
-    assert kind_of(10, 0) == kind_of(10, None) == kind_of(10)
-
-
 def test_more_deviations_need_more_memory() -> None:
     known = model([100, 300] * 250)
     members = [Member(100, 0, 1000)] * 20

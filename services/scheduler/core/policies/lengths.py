@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.policies.survival import (
+    KINDS,
     LENGTH_MAX,
     Survival,
     kinds_of,
     survival_of,
 )
+from services.scheduler.core.policies.told import pools_of
 from services.scheduler.core.settings import Constants
 from shared.messages import LengthClass, LengthForecast
 from shared.tokens import TOKEN_BYTES
@@ -248,15 +250,19 @@ def _survival(
     """With the weight of cut outputs on the longer ones, in each class by itself."""
     requests = len(lengths)
     bounded = constants.lengths_within_cap
-    if censored is None or not censored.any():
-        return survival_of(lengths, kinds, requests, OPEN_END, bounded=bounded)
+    if censored is not None and not censored.any():
+        censored = None
     if kinds is None:
-        seen = _redistributed(lengths, censored)
+        seen = lengths if censored is None else _redistributed(lengths, censored)
         return survival_of(seen, None, requests, OPEN_END, bounded=bounded)
-    parts = [(kind, kinds == kind) for kind in np.unique(kinds).tolist()]
+    prompts, levels = kinds % KINDS, kinds // KINDS
+    pools = pools_of(lengths, censored, prompts, levels, _seen)
+    if censored is None:
+        return survival_of(lengths, prompts, requests, OPEN_END, bounded=bounded, pools=pools)
+    parts = [(kind, prompts == kind) for kind in np.unique(prompts).tolist()]
     seen = np.concatenate([_seen(lengths[mine], censored[mine]) for _, mine in parts])
     sorts = np.repeat([kind for kind, _ in parts], [np.count_nonzero(mine) for _, mine in parts])
-    return survival_of(seen, sorts, requests, OPEN_END, bounded=bounded)
+    return survival_of(seen, sorts, requests, OPEN_END, bounded=bounded, pools=pools)
 
 
 def _seen(lengths: Ints, censored: NDArray[np.bool_] | None) -> Ints:
