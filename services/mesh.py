@@ -26,7 +26,7 @@ from services.gateway.tokenizer import import_tokenizers
 from services.mesh_settings import MeshSettings
 from services.options import Settings, complaints
 from services.process import run_until_signalled, serve_one
-from services.scheduler.core.presets import PRESETS, Preset
+from services.scheduler.core.presets import PRESETS, USUAL_POLICY, Preset
 from services.scheduler.settings import SchedulerSettings
 from services.worker.engines.registry import FORMS, engine_maker
 from services.worker.settings import WorkerSettings
@@ -42,7 +42,7 @@ SIMULATED_ONLY = ("profile", "simulated_lengths", "simulated_speed")
 """Settings of the worker that mean something to one engine only."""
 LOCAL_HOSTS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 """Where a server is reached from its own machine, when it listens everywhere."""
-USUAL_POLICIES = ("past-future", "scls")
+USUAL_POLICIES = (USUAL_POLICY, "scls")
 USUAL_ENGINES = ("paged", "padded")
 """The first that goes with an engine's, or a policy's, form of slices."""
 KV_SHARE_OF_ALL = 0.5

@@ -39,8 +39,8 @@ ADVICE = {
 def simulate(
     trace: options.Trace,
     profile: options.Profile,
-    policy: options.Policies,
     workers: Annotated[int, typer.Option(min=1, help="Each with the profile's GPUs.")],
+    policy: options.Policies = None,
     limit: options.Limit = None,
     max_prompt_tokens: options.PromptCap = None,
     max_output_tokens: options.OutputCap = None,

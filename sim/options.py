@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from services.scheduler.core.presets import PRESETS, UnknownPreset, preset_named
+from services.scheduler.core.presets import PRESETS, USUAL_POLICY, UnknownPreset, preset_named
 from services.scheduler.core.settings import (
     Constants,
     UnknownConstant,
@@ -60,11 +60,11 @@ Trace = Annotated[
 ]
 Profile = Annotated[str, typer.Option(help="Cost profile: a name in deploy/costs or a file.")]
 Policies = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--policy",
         help="Preset, or one with other answers such as vllm+offloading=sal-a+binding=late "
-        "(docs/policies.md); repeatable; 'all': every preset.",
+        "(docs/policies.md); repeatable; 'all': every preset. Without: tranche.",
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Most requests.")]
@@ -205,9 +205,10 @@ def loads(
     return [Load(kind, float(value)) for value in dict.fromkeys(values)]  # type: ignore[arg-type]
 
 
-def policies(names: Sequence[str]) -> list[str]:
-    """The presets named, each once. Raises typer.BadParameter, naming what there is."""
-    chosen = [part for name in names for part in _expanded(name)]
+def policies(names: Sequence[str] | None) -> list[str]:
+    """The presets named, each once; without a name the usual one. Raises typer.BadParameter,
+    naming what there is."""
+    chosen = [part for name in names or (USUAL_POLICY,) for part in _expanded(name)]
     try:
         return list(dict.fromkeys(preset_named(name).name for name in chosen))
     except UnknownPreset as error:

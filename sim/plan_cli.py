@@ -27,7 +27,7 @@ def plan(
     trace: options.Trace,
     profile: options.Profile,
     slo: options.Slo,
-    policy: options.Policies,
+    policy: options.Policies = None,
     target: Annotated[
         float, typer.Option(help="Share of all requests that must meet every objective.")
     ] = 0.99,

@@ -4,7 +4,13 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from services.scheduler.core.presets import PRESETS, Preset, UnknownPreset, preset_named
+from services.scheduler.core.presets import (
+    PRESETS,
+    USUAL_POLICY,
+    Preset,
+    UnknownPreset,
+    preset_named,
+)
 from services.scheduler.core.settings import Constants, weights_of, with_overrides
 from shared.config import ServiceSettings, settings_config
 
@@ -36,7 +42,7 @@ class SchedulerSettings(ServiceSettings):
     service: ClassVar[str] = "scheduler"
 
     policy: str = Field(
-        default="past-future",
+        default=USUAL_POLICY,
         description=f"Preset: {', '.join(n for n, row in PRESETS.items() if not row.needs_truth)}.",
     )
     slice_tokens: int = Field(default=64, ge=1)
@@ -92,7 +98,7 @@ class SchedulerSettings(ServiceSettings):
         if preset.needs_truth:
             raise UnknownPreset(
                 f"policy {preset.name!r} is told true output lengths, which only a simulation has: "
-                "use it with tranche simulate, or choose past-future here"
+                "use it with tranche simulate, or choose tranche here"
             )
         return preset
 

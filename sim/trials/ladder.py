@@ -49,6 +49,7 @@ DOWN = (
     Rung("- backfill", OURS, NO_BACKFILL, down=True),
     Rung("- placement", f"{OURS}+offloading=least-requests", down=True),
     Rung("- late binding", f"{OURS}+binding=early", down=True),
+    Rung("- prefill estimate", OURS, {"bind_backlog_estimated": False}, down=True),
     Rung("- prefill cap", OURS, {"bind_backlog_tokens": 0}, down=True),
     Rung("- priced target", OURS, {"chance_priced": False}, down=True),
     Rung("- short slices", OURS, {"slice_tokens": 512}, down=True),

@@ -13,6 +13,8 @@ from services.scheduler.core.settings import Constants, did_you_mean, known_name
 from services.scheduler.core.variants import UnknownAnswer, check, spelled
 from shared.messages import Form
 
+USUAL_POLICY = "tranche"
+"""What is used where nobody asks for another one."""
 Binding = Literal["late", "early"]
 Value = int | float | bool | str
 NOTHING: Mapping[str, Value] = MappingProxyType({})

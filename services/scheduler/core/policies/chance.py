@@ -28,7 +28,7 @@ EARLY_MOST, EARLY_ENDS = 4.0, 1000
 """The first steps of the calibration are so many times as long, and then become shorter as the
 square root of the requests that were seen, until a history is full: where it has to go is not known
 at first, and 1000 requests of the usual steps to get there are too many."""
-PRICED = 0.015
+PRICED = 0.012
 """Time saved per e-fold of evictions, as a share of the time of a request: 0.008 to 0.03 in the
 memory-only experiment, by workload. The target that costs least is this over an eviction's price in
 requests."""
