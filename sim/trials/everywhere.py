@@ -157,11 +157,52 @@ def losses(found: Sequence[Place]) -> list[tuple[Place, str, float]]:
     return sorted((b for b in behind if b[2] > WITHIN), key=lambda one: -one[2])
 
 
+TRADES: Mapping[str, str] = {
+    "stalls": "it lets memory run out more often, and running requests stand still longer",
+    "tail": "it lets some wait longer for their first token: its p99 TTFT is worse",
+    "waits": "it lets everybody wait for surer memory: its mean TTFT is worse",
+    "nothing": "it pays with no other figure",
+}
+"""What a preset that is ahead in one figure gives up for it in another, by name."""
+WORSE = 1.1
+"""From so many times on."""
+
+
+def trade(place: Place, figure: str) -> str:
+    """A name of TRADES: why the best one in this figure is not simply better."""
+    name, _ = place.best(figure)
+    theirs, ours = place.means[name], place.means[OURS]
+    if theirs["gap_p99_s"] > WORSE * ours["gap_p99_s"]:
+        return "stalls"
+    if theirs["ttft_p99_s"] > WORSE * ours["ttft_p99_s"]:
+        return "tail"
+    if theirs["ttft_mean_s"] > WORSE * ours["ttft_mean_s"]:
+        return "waits"
+    return "nothing"
+
+
+def explained(found: Sequence[Place]) -> list[str]:
+    """The losses by what the best one gives up, as lines of a list."""
+    by_trade: dict[tuple[str, str], list[str]] = {}
+    for place, figure, behind in losses(found):
+        key = (trade(place, figure), place.best(figure)[0])
+        cell = f"{place.workload} {place.load:g} {FIGURES[figure]} ({behind:.0%})"
+        by_trade.setdefault(key, []).append(cell)
+    order = list(TRADES)
+    return [
+        f"- `{name}`: {TRADES[what]} (by a tenth or more): {', '.join(sorted(cells))}."
+        if what != "nothing"
+        else f"- `{name}`: {TRADES[what]}: {', '.join(sorted(cells))}."
+        for (what, name), cells in sorted(by_trade.items(), key=lambda one: order.index(one[0][0]))
+    ]
+
+
 def as_json(found: Sequence[Place]) -> dict[str, object]:
     """What is kept in bench/results."""
     return {
         "cells": len(found) * len(FIGURES),
         "behind": len(losses(found)),
+        "why": ["Where it is behind, who is ahead, and by how much:", "", *explained(found)],
         "places": [
             {
                 "workload": place.workload,

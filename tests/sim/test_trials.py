@@ -137,6 +137,23 @@ def test_behind_is_counted_against_the_best_beyond_what_can_be_felt() -> None:
     assert [figure for _, figure, _ in everywhere.losses([place])] == ["ttft_mean_s", "good_share"]
 
 
+@pytest.mark.parametrize(
+    ("theirs", "trade"),
+    [
+        ({"gap_p99_s": 9.0}, "stalls"),
+        ({"ttft_p99_s": 9.0}, "tail"),
+        ({}, "nothing"),
+    ],
+)
+def test_who_is_ahead_is_told_with_what_it_pays(theirs: dict[str, float], trade: str) -> None:
+    ours = figures(ttft_mean_s=1.0, good_share=0.9)
+    place = placed(tranche=ours, vllm=figures(ttft_mean_s=1.0, good_share=0.95, **theirs))
+    assert everywhere.trade(place, "good_share") == trade
+    (line,) = everywhere.explained([place])
+    assert line.startswith(f"- `vllm`: {everywhere.TRADES[trade]}")
+    assert line.endswith("dec 0.92 goodput (5%).")
+
+
 def test_every_preset_but_the_oracle_is_compared() -> None:
     names = everywhere.policies()
     assert len(names) == len(set(names))
