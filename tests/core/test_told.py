@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from services.scheduler.core.policies.lengths import LengthModel, prepare_lengths
 from services.scheduler.core.policies.survival import KINDS, kind_of, kinds_of
 from services.scheduler.core.settings import Constants
-from sim.foretold import Found, Point, at_steps, foretold, measure, missed
+from sim.foretold import Found, Point, at_steps, foretold, measure, missed, told_by
+from sim.memory_sets import memory_set
 
 CONSTANTS = Constants(count_last_token=True)
 CAP = 4096
@@ -139,3 +140,26 @@ def test_evictions_at_steps_between_two_margins() -> None:
     bad = Found("A", 0, "0.95", 0.95, 1, 0.1, 0.05, "")
     good = Found("B", 0, "0.95", 0.95, 1, 0.1, 0.03, "")
     assert missed([bad, good]) == ["A"]
+
+
+@pytest.mark.parametrize("told", ["0.1", "0.3", "0.6", "doubled", "constant"])
+def test_no_predictor_does_harm(told: str) -> None:
+    """Squared errors of the chances to go on, of 600 requests after 1000, new and half done."""
+    source = memory_set("ShareGPT", 2)
+    outputs = np.array([output for _, output in source.requests])
+    prompts = np.array([prompt for prompt, _ in source.requests])
+
+    def error(predicted: Ints) -> float:
+        kinds = kinds_of(prompts, predicted)
+        known = prepare_lengths(outputs[:1000], None, CONSTANTS, kinds[:1000]).survival
+        new, cap = outputs[1000:1600], np.full(600, CAP)
+        ahead = known.horizon(CAP)
+        errors = [
+            (known.chances(made, cap, kinds[1000:1600], ahead) - ((new - made)[:, None] > ahead))
+            for made in (new * 0, new // 2)
+        ]
+        return sum(float(((off**2)[:, 1:] * np.diff(ahead)).sum(axis=1).mean()) for off in errors)
+
+    without = error(0 * outputs)
+    assert error(np.array(told_by(source, told, 2))) < 1.01 * without
+    assert error(np.array(source.predicted)) < 0.3 * without

@@ -34,7 +34,7 @@ STAND_INS = 20.0
 """Outputs, uniform up to the request's limit, that an empty history begins with."""
 STAND_INS_END = 200
 """Real outputs until which they fade away."""
-TOLD_SHRINKAGE = 5.0
+TOLD_SHRINKAGE = 2.0
 """Outputs of the class by prompt that count beside those of like predictions."""
 PROMPT_KINDS = 13
 KINDS = 1 + PROMPT_KINDS

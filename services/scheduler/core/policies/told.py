@@ -25,7 +25,7 @@ STEPS = 32
 LEVELS = 18 * STEPS
 """The last is for 2 million tokens."""
 ANCHORS = 16
-POOL_SHARE = 0.1
+POOL_SHARE = 0.2
 POOL_LEAST = 30
 """Outputs in a pool: this share of the history, but so many at least."""
 USEFUL = 0.95
