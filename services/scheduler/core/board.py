@@ -5,7 +5,7 @@ so the few numbers that decide where a request goes, or whether a round of close
 are kept here and compared all at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -225,6 +225,27 @@ class Board:
             & (self.refused > input_tokens)
             & (self.rests_until <= now)
         )
+
+    def with_room_each(
+        self,
+        needs: Sequence[tuple[int, int]],
+        backlog_below: float,
+        running_below: float,
+        now: float,
+        estimated: bool = False,
+    ) -> set[int]:
+        """For which of several (need, input), by number, `with_room` finds anybody; all at once."""
+        gauges = self.written()
+        rest = (
+            (self._backlog(now, estimated=estimated) < backlog_below)
+            & (gauges.running < running_below)
+            & (self.rests_until <= now)
+        )
+        free, refused = self.free[rest], self.refused[rest]
+        asked = np.array(needs, dtype=np.float64).reshape(-1, 2, 1)
+        fitting = (free >= asked[:, 0]) & (refused > asked[:, 1])
+        found: IntArray = np.flatnonzero(fitting.any(axis=1))
+        return set(found.tolist())
 
     def _backlog(self, now: float, *, estimated: bool) -> FloatArray:
         """Prefill that is queued; `estimated`: less what must be done of that under way."""

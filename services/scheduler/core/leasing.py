@@ -179,18 +179,33 @@ def _fill_up(books: Books, round_: Round) -> None:
     constants = books.constants
     passed: list[Request] = []
     crowd: frozenset[str] = frozenset()
-    for request in books.lines.central.first(1 + constants.backfill_max, round_.now):
+    enough = False
+    few = books.lines.central.first(1 + constants.backfill_max, round_.now)
+    fitting = _fitting(books, few, round_.now)
+    for number, request in enumerate(few):
         if not passed:
             crowd = hoarding(books, request)
         elif request.spec.tenant in crowd:
             continue
-        if passed and round_.tests_left > 0 and _admit_somewhere(books, request, round_):
+        may = passed and number in fitting and round_.tests_left > 0
+        if may and _admit_somewhere(books, request, round_):
             for other in passed:
                 other.overtaken += 1
+            fitting = _fitting(books, few, round_.now)
+            enough = any(other.overtaken >= constants.overtaken_max for other in passed)
         else:
             passed.append(request)
-        if any(other.overtaken >= constants.overtaken_max for other in passed):
+            enough = enough or request.overtaken >= constants.overtaken_max
+        if enough:
             return
+
+
+def _fitting(books: Books, requests: list[Request], now: float) -> set[int]:
+    """Which of them find room anywhere; all are looked for at once, as most find none."""
+    if not requests:
+        return set()
+    asked = [_room_for(books, request, now) for request in requests]
+    return books.board.with_room_each([(need, own) for need, own, *_ in asked], *asked[0][2:])
 
 
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:

@@ -39,16 +39,22 @@ class Outputs:
 
     def saw(self, prompt_tokens: int, output_tokens: int) -> None:
         """A request ended by itself or at its limit."""
-        key = _class_of(prompt_tokens)
-        self._classes.setdefault(key, deque(maxlen=KEPT)).append(output_tokens)
-        self._latest.append(output_tokens)
+        key = self._note(prompt_tokens, output_tokens)
         for near in range(key - REACH, key + REACH + 1):
             self._sorted.pop(near, None)
 
     def learn(self, prompts: Sequence[int], outputs: Sequence[int]) -> None:
         """What somebody else remembers, oldest first."""
         for prompt_tokens, output_tokens in zip(prompts, outputs, strict=True):
-            self.saw(prompt_tokens, output_tokens)
+            self._note(prompt_tokens, output_tokens)
+        self._sorted.clear()
+
+    def _note(self, prompt_tokens: int, output_tokens: int) -> int:
+        """The class in which it is."""
+        key = _class_of(prompt_tokens)
+        self._classes.setdefault(key, deque(maxlen=KEPT)).append(output_tokens)
+        self._latest.append(output_tokens)
+        return key
 
     def guess(self) -> int:
         """A length where nothing is known of like requests: the median of the latest of all, with

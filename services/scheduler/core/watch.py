@@ -12,8 +12,8 @@ from shared.messages import SchedulerBeat
 
 LEASES_WATCH_S = 1.0
 """Between two looks at every lease: what they look for is seconds old at the least."""
-LEASES_LOOKED_MAX = 10_000
-"""In one call, about: some 15 ms. With more leases a round of looks takes several calls."""
+LEASES_LOOKED_MAX = 4_000
+"""In one call, about: some 7 ms. With more leases a round of looks takes several calls."""
 PARK_REPEAT_S = 1.0
 """A worker answers within an iteration; after this the order or the answer was lost."""
 

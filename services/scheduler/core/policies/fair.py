@@ -9,8 +9,9 @@ tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Insid
 come, first served. Tenants are charged over all priorities, but priorities come first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from heapq import heapify, heappop, heappush, heapreplace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush, heapreplace, merge
+from itertools import islice
 from typing import Protocol
 
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Lane, Sorted
@@ -183,7 +184,19 @@ class Fair:
     def first(self, count: int, now: float) -> list[Request]:
         """The first few, of at most as many tenants."""
         names = self._least.leasts(count)
-        return self._by_turns({name: self._tenants[name].first(count) for name in names})[:count]
+        lanes = {name: self._tenants[name].first(count) for name in names}
+        if self._accounts.price(1, 0) <= 0:
+            return self._by_turns(lanes)[:count]
+        # Each lane's turns rise, so that only the first few need be looked at.
+        turns = merge(*(self._turns(name, lane) for name, lane in lanes.items()))
+        return [request for *_, request in islice(turns, count)]
+
+    def _turns(self, tenant: str, lane: Sequence[Request]) -> Iterator[tuple[float, int, Request]]:
+        """When each one's turn comes; numbers are all different."""
+        given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
+        for request in lane:
+            yield given, request.number, request
+            given += self._accounts.price(request.input_tokens, 0) / weight
 
     def ahead_tokens(
         self, request: Request, ahead: Callable[[Tenant, Request | None], float]

@@ -22,7 +22,7 @@ from services.scheduler.core.state import Request
 
 LARGE = 3.0
 """Mean volumes from which a request gets no boost."""
-LOOKED_AT, OTHERS_LOOKED_AT = 128, 16
+LOOKED_AT, OTHERS_LOOKED_AT = 64, 8
 """Entries whose input is added up to tell what is ahead of one, of its own tenant and of each other
 one; of more these stand for all."""
 TENANTS_LOOKED_AT = 64
