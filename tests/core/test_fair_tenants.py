@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from services.scheduler.core.settings import Constants, UnknownConstant, weights_of, with_overrides
-from services.scheduler.core.shares import Shares, hoards
+from services.scheduler.core.shares import hoards
 from shared import tokens
 from shared.messages import (
     Park,
@@ -146,7 +146,7 @@ def test_a_tenant_of_weight_two_is_given_twice_as_much() -> None:
 
 
 def test_who_crowds_out_the_others_makes_way_and_loses_nothing() -> None:
-    mill = Mill("tranche", 1, 0, 400, hoard_deviations=2.0)
+    mill = Mill("tranche", 1, 0, 400, hoard_deviations=2.0, hoard_look_s=0.0)
     for _ in range(12):
         mill.send("flood", 20, OUTPUT_MAX)
     mill.turn("w0")
@@ -161,12 +161,13 @@ def test_who_crowds_out_the_others_makes_way_and_loses_nothing() -> None:
         mill.turn("w0")
     assert not mill.bench.core.books.requests.open
     assert all(mill.made[name] == output for name, output in mill.outputs.items())
-    assert mill.bench.core.books.shares == Shares()
+    shares = mill.bench.core.books.shares
+    assert (shares.running, shares.total, shares.crowd) == ({}, 0, frozenset())
 
 
 def test_nobody_makes_way_within_a_tenant_or_if_it_is_off() -> None:
     for tenant, deviations in (("flood", 2.0), ("other", 0.0)):
-        mill = Mill("tranche", 1, 0, 400, hoard_deviations=deviations)
+        mill = Mill("tranche", 1, 0, 400, hoard_deviations=deviations, hoard_look_s=0.0)
         for _ in range(12):
             mill.send("flood", 20, OUTPUT_MAX)
         mill.turn("w0")

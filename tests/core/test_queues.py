@@ -524,3 +524,15 @@ def test_the_head_is_cheap_with_ten_thousand_waiting(name: str) -> None:
             calls.append(thread_time() - began)
     assert heads / 1000 < 50e-6
     assert max(calls) < 20e-3
+
+
+@pytest.mark.parametrize("name", ["fair", "volume"])
+def test_who_stands_behind_comes_after_everybody_else_and_back_again(name: str) -> None:
+    queue = make(name)
+    for number, tenant in enumerate("aabbc"):
+        queue.push(request_of(number, tenant=tenant), 0.0)
+    assert dict(queue.waiting_tenants) == {"a": 2, "b": 2, "c": 1}
+    queue.stand_behind(frozenset("ab"))
+    assert [r.spec.tenant for r in queue.first(5, 0.0)] == ["c", "a", "b", "a", "b"]
+    queue.stand_behind(frozenset("b"))
+    assert served(queue, 0.0) == [0, 1, 4, 2, 3]

@@ -22,7 +22,13 @@ from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.renewing import Round, margin_tokens, remind, renew
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
-from services.scheduler.core.yielding import hoarding, make_way
+from services.scheduler.core.yielding import (
+    NOBODY,
+    crowd_of,
+    make_way,
+    reserved_tokens,
+    spare_workers,
+)
 from shared.messages import RunSlice, SliceOrder
 
 FORESEEING = frozenset({"least-predicted-peak", "max-min"})
@@ -159,6 +165,7 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
     """Late binding: the head of the one line to the best worker that admits it, until there is a
     head that nobody admits."""
     line = books.lines.central
+    crowd = round_.crowd = crowd_of(books, round_.now)
     while round_.tests_left > 0:
         request = line.head(round_.now)
         if request is None:
@@ -167,7 +174,8 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
             if request.waits_for != "memory":
                 room = _room_for(books, request, round_.now)
                 reasons.waits(request, books.board.hindrance(*room))
-            make_way(books, request, hoarding(books, request), round_.now)
+            if request.spec.tenant not in crowd:
+                make_way(books, request, crowd, round_.now)
             break
     if books.constants.backfill_max and round_.tests_left > 0:
         _fill_up(books, round_)
@@ -184,7 +192,7 @@ def _fill_up(books: Books, round_: Round) -> None:
     fitting = _fitting(books, few, round_.now)
     for number, request in enumerate(few):
         if not passed:
-            crowd = hoarding(books, request)
+            crowd = NOBODY if request.spec.tenant in round_.crowd else round_.crowd
         elif request.spec.tenant in crowd:
             continue
         may = passed and number in fitting and round_.tests_left > 0
@@ -209,19 +217,27 @@ def _fitting(books: Books, requests: list[Request], now: float) -> set[int]:
 
 
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
-    board = books.board
+    board, reserve = books.board, 0
     eligible = board.with_room(*_room_for(books, request, round_.now))
+    if request.spec.tenant in round_.crowd:
+        spare, idle = spare_workers(books, round_.crowd), board.gauges.backlog == 0
+        if idle.sum() < spare:
+            return False
+        if spare > 1:
+            eligible = eligible[idle[eligible]]
+        reserve = reserved_tokens(books, round_.crowd)
     if request.left and eligible.size > 1:
         eligible = eligible[eligible != board.places.get(request.left, -1)]
     while eligible.size and round_.tests_left > 0:
         place = _pick(books, request, eligible)
         worker = board.workers[place]
-        if _has_room(books, worker, request, round_.now):
+        if _has_room(books, worker, request, round_.now, reserve):
             round_.tests_left -= 1
-            if _admits(books, worker, request, round_):
+            if _admits(books, worker, request, round_, reserve):
                 _place(books, worker, request, round_)
                 return True
-        board.refused[place] = min(board.refused[place], request.input_tokens)
+        if not reserve:
+            board.refused[place] = min(board.refused[place], request.input_tokens)
         eligible = eligible[eligible != place]
     return False
 
@@ -241,8 +257,9 @@ def _room_for(
     )
 
 
-def _has_room(books: Books, worker: Worker, request: Request, now: float) -> bool:
-    """What no policy may overrule: memory for the first lease, and the limits of the worker."""
+def _has_room(books: Books, worker: Worker, request: Request, now: float, reserve: int = 0) -> bool:
+    """What no policy may overrule: memory for the first lease, and the limits of the worker.
+    `reserve`: tokens that stay free."""
     credit, info, constants = worker.credit, worker.info, books.constants
     if worker.draining or now < worker.cool_until or books.preset.form not in info.forms:
         return False
@@ -261,7 +278,7 @@ def _has_room(books: Books, worker: Worker, request: Request, now: float) -> boo
         return False
     until = request.output_tokens + _first_lease(books, request)
     blocks = credit.blocks + credit.blocks_for(request, until)
-    return blocks <= credit.capacity_blocks(worker.memory.kv_tokens_capacity)
+    return blocks <= credit.capacity_blocks(worker.memory.kv_tokens_capacity - reserve)
 
 
 def _first_lease(books: Books, request: Request) -> int:
@@ -269,19 +286,22 @@ def _first_lease(books: Books, request: Request) -> int:
     return min(lease(request.output_tokens, books.constants), request.remaining_tokens)
 
 
-def _admits(books: Books, worker: Worker, request: Request, round_: Round) -> bool:
+def _admits(
+    books: Books, worker: Worker, request: Request, round_: Round, reserve: int = 0
+) -> bool:
     """Whether the gate lets it in. A worker with nothing to do refuses nobody: waiting would not
     make room."""
     if not worker.credit.leases:
         reasons.admitted(request, "idle")
         return True
     name = worker.info.worker
-    if name not in round_.gates and _surely_fits(books, worker, request):
+    if name not in round_.gates and _surely_fits(books, worker, request, reserve):
         reasons.admitted(request, "sure")
         return True
-    gate = round_.gates.get(name)
+    gates = round_.strict if reserve else round_.gates
+    gate = gates.get(name)
     if gate is None:
-        gate = round_.gates[name] = GATES[books.preset.admission](_view(books, worker))
+        gate = gates[name] = GATES[books.preset.admission](_view(books, worker, reserve))
     if not gate.admits(_member(books, request, request.output_tokens)):
         reasons.waits(request, "memory", gate)
         return False
@@ -289,19 +309,19 @@ def _admits(books: Books, worker: Worker, request: Request, round_: Round) -> bo
     return True
 
 
-def _surely_fits(books: Books, worker: Worker, request: Request) -> bool:
+def _surely_fits(books: Books, worker: Worker, request: Request, reserve: int) -> bool:
     """Even if everybody made as much as they may, memory would last: then no gate need be asked.
     On a worker with little to do that is nearly always so."""
     credit = worker.credit
     worst = credit.worst_blocks + credit.blocks_for(request, request.spec.max_tokens)
     share = SURE_SHARE[books.preset.admission](books.constants)
-    return worst < share * credit.capacity_blocks(worker.memory.kv_tokens_capacity)
+    return worst < share * credit.capacity_blocks(worker.memory.kv_tokens_capacity - reserve)
 
 
-def _view(books: Books, worker: Worker) -> View:
+def _view(books: Books, worker: Worker, reserve: int = 0) -> View:
     running = [r for r in worker.credit.leases.values() if r.state is State.PLACED]
     return View(
-        capacity_tokens=worker.memory.kv_tokens_capacity,
+        capacity_tokens=worker.memory.kv_tokens_capacity - reserve,
         block_tokens=worker.credit.block_tokens,
         members=[_member(books, request, request.until) for request in running],
         lengths=books.lengths,
@@ -333,9 +353,10 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
     made = request.output_tokens
     until = worker.credit.rounded(request, made + _first_lease(books, request))
     waited_s = max(0.0, now - request.since)
-    gate = round_.gates.get(worker.info.worker)
-    if gate is not None:
-        gate.add(_member(books, request, until))
+    for gates in (round_.gates, round_.strict):
+        gate = gates.get(worker.info.worker)
+        if gate is not None:
+            gate.add(_member(books, request, until))
     why = reasons.why(request, worker.info.worker)
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at, request.overtaken, request.left = now, 0.0, 0, ""

@@ -117,6 +117,7 @@ TRANCHE: Mapping[str, Value] = MappingProxyType(
         "victim_kv_exponent": 1.0,  # a victim computes what it held anew
         "chance_return_less": 1.5,  # and stands still until it is back
         "move_gain": 2.0,
+        "hoard_deviations": 4.0,
     }
 )
 SAL_LARRY: Mapping[str, Value] = MappingProxyType(

@@ -33,7 +33,11 @@ class Round:
     now: float
     outgoing: dict[str, Outgoing] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
+    strict: dict[str, Gate] = field(default_factory=dict)
+    """For those that crowd others out: gates that keep room free."""
     tests_left: int = 0
+    crowd: frozenset[str] = frozenset()
+    """Tenants that crowd others out."""
 
     def to(self, worker: Worker) -> Outgoing:
         return self.outgoing.setdefault(worker.info.worker, Outgoing())

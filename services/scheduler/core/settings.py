@@ -197,8 +197,12 @@ class Constants:
     """`fair` and `volume`: NAME=WEIGHT, comma separated; a tenant of weight 2 is given twice as
     much as one of weight 1, which all others have [T]."""
     hoard_deviations: float = 0.0
-    """`fair` and `volume`: a tenant that runs more than its share by so many standard deviations of
-    chance makes way for a head that cannot start, of one that runs less; 0: nobody does [T]."""
+    """`fair` and `volume`: a tenant that runs more than its share, and asks for more than that by
+    so many standard deviations of chance, gets what the others leave; 0: all are alike [T]."""
+    hoard_reserve: float = 1.5
+    """Such a tenant leaves room for so many standard deviations more requests of the others [T]."""
+    hoard_look_s: float = 0.1
+    """Between two looks at who has too many: with thousands of tenants each takes milliseconds."""
     yields_max: int = 3
     """How often one request makes way so [T]."""
     larry_boost: float = 1.0

@@ -15,6 +15,9 @@ class Shares:
 
     running: dict[str, int] = field(default_factory=dict)
     total: int = 0
+    crowd: frozenset[str] = frozenset()
+    """Who has too many, as of `looked_at` (yielding.py)."""
+    looked_at: float = float("-inf")
 
     def took(self, tenant: str) -> None:
         """A worker has one more request of it."""

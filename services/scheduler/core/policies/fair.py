@@ -9,7 +9,7 @@ tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Insid
 come, first served. Tenants are charged over all priorities, but priorities come first.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace, merge
 from itertools import islice
 from typing import Protocol
@@ -22,7 +22,7 @@ from services.scheduler.core.state import Request
 ACCOUNTS_MAX = 8192
 """Counters kept. Beyond, half of the tenants that have nothing waiting are forgotten, the least
 served first: they are the ones that a return would lift in any case."""
-Key = tuple[float, int]
+Key = tuple[bool, float, int]
 
 
 class Rising:
@@ -86,8 +86,10 @@ class Accounts:
         self._weights = weights_of(constants.tenant_weights)
         self._given: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
-        self._least = Rising(lambda tenant: (self.given(tenant), 0))
+        self._least = Rising(lambda tenant: (False, self.given(tenant), 0))
         self._last = ""
+        self.behind: frozenset[str] = frozenset()
+        """Tenants whose turn comes after everybody else's."""
 
     def given(self, tenant: str) -> float:
         return self._given.get(tenant, 0.0)
@@ -95,6 +97,11 @@ class Accounts:
     def weight(self, tenant: str) -> float:
         """Its share beside others': a tenant of weight 2 is given twice as much."""
         return self._weights.get(tenant, 1.0)
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many requests of each tenant wait."""
+        return self._waiting
 
     def price(self, prefill_tokens: int, decode_tokens: int) -> float:
         return self._input_weight * prefill_tokens + self._output_weight * decode_tokens
@@ -172,6 +179,12 @@ class Fair:
             del self._tenants[tenant]
             self._least.drop(tenant)
 
+    def again(self, tenants: Iterable[str]) -> None:
+        """These do not stand behind the others any more."""
+        for tenant in tenants:
+            if tenant in self._tenants:
+                self._least.post(tenant)
+
     def head(self, now: float) -> Request | None:
         tenant = self._least.least()
         return None if tenant is None else self._tenants[tenant].head(now)
@@ -191,11 +204,14 @@ class Fair:
         turns = merge(*(self._turns(name, lane) for name, lane in lanes.items()))
         return [request for *_, request in islice(turns, count)]
 
-    def _turns(self, tenant: str, lane: Sequence[Request]) -> Iterator[tuple[float, int, Request]]:
+    def _turns(
+        self, tenant: str, lane: Sequence[Request]
+    ) -> Iterator[tuple[bool, float, int, Request]]:
         """When each one's turn comes; numbers are all different."""
         given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
+        behind = tenant in self._accounts.behind
         for request in lane:
-            yield given, request.number, request
+            yield behind, given, request.number, request
             given += self._accounts.price(request.input_tokens, 0) / weight
 
     def ahead_tokens(
@@ -224,15 +240,16 @@ class Fair:
         return len(self._tenants)
 
     def _by_turns(self, lanes: Mapping[str, Sequence[Request]]) -> list[Request]:
-        turns: list[tuple[float, int, int]] = []
+        turns: list[tuple[bool, float, int, int]] = []
         requests: list[Request] = []
         for tenant, lane in lanes.items():
             given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
+            behind = tenant in self._accounts.behind
             for request in lane:
-                turns.append((given, request.number, len(requests)))
+                turns.append((behind, given, request.number, len(requests)))
                 requests.append(request)
                 given += self._accounts.price(request.input_tokens, 0) / weight
-        return [requests[index] for _, _, index in sorted(turns)]
+        return [requests[index] for *_, index in sorted(turns)]
 
     def __len__(self) -> int:
         return self._count
@@ -240,7 +257,16 @@ class Fair:
     def _key(self, tenant: str) -> Key:
         head = self._tenants[tenant].head(0.0)
         assert head is not None, tenant
-        return self._accounts.given(tenant), head.number
+        return tenant in self._accounts.behind, self._accounts.given(tenant), head.number
+
+
+def stand_behind(accounts: Accounts, lanes: Iterable[Lane], crowd: frozenset[str]) -> None:
+    """These tenants come after all others in each of the lanes; those before them do not."""
+    gone = accounts.behind - crowd
+    accounts.behind = crowd
+    for lane in lanes if gone else ():
+        if isinstance(lane, Fair):
+            lane.again(gone)
 
 
 class FairQueue(Ranked):
@@ -267,6 +293,13 @@ class FairQueue(Ranked):
 
     def given(self, tenant: str) -> float:
         return self._accounts.given(tenant)
+
+    @property
+    def waiting_tenants(self) -> Mapping[str, int]:
+        return self._accounts.waiting
+
+    def stand_behind(self, crowd: frozenset[str]) -> None:
+        stand_behind(self._accounts, self._lanes.values(), crowd)
 
     def weight(self, tenant: str) -> float:
         return self._accounts.weight(tenant)

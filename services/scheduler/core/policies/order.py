@@ -3,7 +3,7 @@
 `ORDERS` are the ranks of the pool, `queues.QUEUES` the queues. Both serve lower `priority` first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from services.scheduler.core.state import Request
@@ -44,6 +44,13 @@ class Queue(Protocol):
 
     def given(self, tenant: str) -> float:
         """Weighted service that this tenant was given; 0 where nobody keeps accounts."""
+
+    @property
+    def waiting_tenants(self) -> Mapping[str, int]:
+        """How many requests of each tenant wait, where accounts are kept."""
+
+    def stand_behind(self, crowd: frozenset[str]) -> None:
+        """These tenants come after all others of their priority, where accounts are kept."""
 
     def weight(self, tenant: str) -> float:
         """Its share beside others'; 0 where nobody keeps accounts."""

@@ -5,7 +5,7 @@ think of many priorities leave nothing behind.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from services.scheduler.core.policies.lanes import Key, Lane, Sorted
 from services.scheduler.core.settings import Constants
@@ -76,6 +76,14 @@ class Ranked:
     def given(self, tenant: str) -> float:
         """Nobody keeps accounts."""
         return 0.0
+
+    @property
+    def waiting_tenants(self) -> Mapping[str, int]:
+        """How many requests of each tenant wait; nothing where nobody keeps accounts."""
+        return {}
+
+    def stand_behind(self, crowd: frozenset[str]) -> None:
+        """These tenants come after all others of their priority, where accounts are kept."""
 
     def weight(self, tenant: str) -> float:
         """Nobody keeps accounts."""

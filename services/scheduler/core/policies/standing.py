@@ -10,11 +10,11 @@ order. A deadline makes a request due when it has to start at the latest, if tha
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 
 from services.scheduler.core.policies.estimates import Estimates
-from services.scheduler.core.policies.fair import Accounts, Fair, Tenant
+from services.scheduler.core.policies.fair import Accounts, Fair, Tenant, stand_behind
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Key, Lane, waiting_since
 from services.scheduler.core.policies.ranks import Rank, Ranked
 from services.scheduler.core.settings import Constants
@@ -149,6 +149,13 @@ class StandingQueue(Ranked):
 
     def given(self, tenant: str) -> float:
         return self._accounts.given(tenant)
+
+    @property
+    def waiting_tenants(self) -> Mapping[str, int]:
+        return self._accounts.waiting
+
+    def stand_behind(self, crowd: frozenset[str]) -> None:
+        stand_behind(self._accounts, self._lanes.values(), crowd)
 
     def weight(self, tenant: str) -> float:
         return self._accounts.weight(tenant)
