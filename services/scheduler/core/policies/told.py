@@ -95,9 +95,10 @@ def pools_of(
 
 def _slope(outputs: Ints, predicted: Floats) -> float:
     """Of the line through them; a falling one is chance."""
+    if predicted.min() == predicted.max():
+        return 0.0  # what is off their mean then is rounding
     off = predicted - predicted.mean()
-    square = float(off @ off)
-    return max(0.0, float(off @ outputs) / square) if square > 0 else 0.0
+    return max(0.0, float(off @ outputs) / float(off @ off))
 
 
 def _spread(outputs: Ints) -> float:
