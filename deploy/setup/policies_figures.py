@@ -25,6 +25,13 @@ bound. `python -m sim.trials` makes all of this again, in pieces if it is stoppe
 `bench/results/trials-*.json`.
 """
 
+REMARK = """Stalls of half a second where memory is ample are moves between workers at slice ends
+(`move_gain`): whoever moves stands still for one prefill, so that all together end sooner. Sets of
+thousands of output tokens run short of memory from 0.92 on: there the target share of evictions
+decides between first tokens and stalls, and `tranche` stays nearer to no stalls. Azure code comes
+in bursts far above what the workers can do: whoever lets the large wait without bound has the lower
+mean."""
+
 
 def section() -> str:
     """All of it; empty if nothing has been run."""
@@ -142,7 +149,7 @@ def _everywhere() -> str:
             + " | ".join(told)
             + " |"
         )
-    lines += ["", *result.get("why", ())]
+    lines += ["", *result.get("why", ()), "", REMARK]
     return "\n".join(lines).rstrip() + "\n"
 
 

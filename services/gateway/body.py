@@ -18,13 +18,7 @@ _decoder = msgspec.json.Decoder()
 
 async def read_request(request: Request, kind: type[B], body_bytes_max: int, timeout_s: float) -> B:
     """The checked body. Raises ApiError (400, 408, 413, 415), ClientDisconnect."""
-    content_type = request.headers.get("content-type", "application/json")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            "The body must be JSON: send 'content-type: application/json'.",
-            code="unsupported_media_type",
-        )
+    _check_media(request)
     try:
         async with asyncio.timeout(timeout_s):
             body = await _read(request, body_bytes_max)
@@ -38,6 +32,24 @@ async def read_request(request: Request, kind: type[B], body_bytes_max: int, tim
         raise _explained(error) from error
     parameters.check()
     return parameters
+
+
+def _check_media(request: Request) -> None:
+    """JSON, as it is."""
+    content_type = request.headers.get("content-type", "application/json")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(
+            415,
+            "The body must be JSON: send 'content-type: application/json'.",
+            code="unsupported_media_type",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415,
+            "The body must come as it is, not compressed: send no 'content-encoding'.",
+            code="unsupported_media_type",
+        )
 
 
 async def _read(request: Request, body_bytes_max: int) -> bytes:

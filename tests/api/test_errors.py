@@ -97,6 +97,12 @@ def test_other_content_types(raw: httpx.Client, content_type: str) -> None:
     check(answer, 415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "nonsense"])
+def test_compressed_bodies(raw: httpx.Client, encoding: str) -> None:
+    answer = raw.post(COMPLETIONS, content=GOOD, headers={"content-encoding": encoding})
+    check(answer, 415, "unsupported_media_type")
+
+
 @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "APPLICATION/JSON"])
 def test_json_in_other_words(raw: httpx.Client, content_type: str) -> None:
     answer = raw.post(COMPLETIONS, content=GOOD, headers={"content-type": content_type})
