@@ -174,7 +174,7 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
             if request.waits_for != "memory":
                 room = _room_for(books, request, round_.now)
                 reasons.waits(request, books.board.hindrance(*room))
-            if request.spec.tenant not in crowd:
+            if request.spec.tenant not in crowd and request.waits_for in ("memory", "room"):
                 make_way(books, request, crowd, round_.now)
             break
     if books.constants.backfill_max and round_.tests_left > 0:
