@@ -195,3 +195,20 @@ def test_weights_are_named_and_checked() -> None:
     for wrong in ("a", "a=0", "a=-1", "a=x", "=2", "a=inf"):
         with pytest.raises(UnknownConstant, match="NAME=WEIGHT"):
             weights_of(wrong)
+
+
+@pytest.mark.parametrize("deviations", [0.0, 2.0])
+def test_a_flood_prefills_only_where_nothing_is_queued_and_the_others_pass_it(
+    deviations: float,
+) -> None:
+    mill = Mill("tranche", 1, 0, 4000, hoard_deviations=deviations, hoard_look_s=0.0)
+    mill.send("other", 20, 30)
+    for _ in range(30):
+        mill.send("flood", 20, 30)
+    placed = [name for name in mill.placed if name.startswith("flood")]
+    assert (len(placed) == 30) == (deviations == 0.0)
+    late = mill.send("other", 20, 30)
+    assert late in mill.placed
+    for _ in range(300):
+        mill.turn("w0")
+    assert all(mill.made[name] == output for name, output in mill.outputs.items())

@@ -82,6 +82,12 @@ class Credit:
         """Input of the request whose prefill is under way."""
         return next((request.backlog_tokens for request in self.prefilling.values()), 0)
 
+    def backlog_left(self, now: float, token_s: float) -> float:
+        """Queued prefill, less what should be done by now of that under way, at so many seconds a
+        token."""
+        done = max(0.0, now - self.prefill_since) / token_s
+        return self.backlog_tokens - min(self.under_way_tokens(), done)
+
     def park(self, request: Request) -> None:
         """It was told to end its lease."""
         self.parking_blocks += request.blocks

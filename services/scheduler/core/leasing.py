@@ -219,7 +219,7 @@ def _fitting(books: Books, requests: list[Request], now: float) -> set[int]:
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
     board, reserve = books.board, 0
     eligible = board.with_room(*_room_for(books, request, round_.now))
-    if request.spec.tenant in round_.crowd:
+    if request.spec.tenant in round_.crowd and not request.evicted_at:  # who was evicted goes on
         spare, idle = spare_workers(books, round_.crowd), board.gauges.backlog == 0
         if idle.sum() < spare:
             return False
@@ -269,11 +269,9 @@ def _has_room(books: Books, worker: Worker, request: Request, now: float, reserv
     if running_max and len(credit.leases) >= running_max:
         return False
     cap = constants.bind_backlog_tokens
-    if cap and credit.backlog_tokens >= cap:
-        passed_s = now - credit.prefill_since if constants.bind_backlog_estimated else 0.0
-        done = min(credit.under_way_tokens(), passed_s / books.pace.prefill_token_s)
-        if credit.backlog_tokens - done >= cap:
-            return False
+    token_s = books.pace.prefill_token_s if constants.bind_backlog_estimated else np.inf
+    if cap and credit.backlog_left(now, token_s) >= cap:
+        return False
     if request.context_tokens > info.context_tokens_max:
         return False
     until = request.output_tokens + _first_lease(books, request)

@@ -111,7 +111,7 @@ PAST_FUTURE: Mapping[str, Value] = MappingProxyType({"future_reserve": 0.05, **C
 their age, so what counts is how few they are (docs/reproduction.md, goodput under an SLA)."""
 TRANCHE: Mapping[str, Value] = MappingProxyType(
     {
-        "chance_target": 0.1,  # at most: the price of evictions makes it 3 to 6 % mostly
+        "chance_target": 0.1,  # at most: the price of evictions lowers it
         "backfill_max": 15,
         "bind_backlog_estimated": True,
         "victim_kv_exponent": 1.0,  # a victim computes what it held anew
