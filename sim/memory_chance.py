@@ -35,8 +35,6 @@ from sim.memory_only import (
 
 CHANCE = replace(QUIRKS, backfill_max=15, chance_target=0.03)
 VICTIMS = ("farthest-end", "last-admitted")
-STALL_STEPS = 30
-"""A request that stands still for longer than this counts as stalled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +59,6 @@ class ChanceTally:
     plain: Tally
     recomputed_per_request: float
     """Tokens that evicted requests held, per finished request."""
-    stalled_percent: float
-    """Requests that stood still for more than STALL_STEPS at once, of 100."""
-    stall_p99_steps: float
-    """Of each request's longest standstill after its first token."""
     margin_z: float
     """At the end."""
     unfair: int
@@ -128,21 +122,13 @@ class ChanceRun(Run):
             self.margin.z = rules.z
         self._recomputed = self._overtaken_most = self._free = 0
         self._asked: _Asked | None = None
-        self._evicted_at: dict[int, int] = {}
-        self._stalls: dict[int, int] = {}
 
     def outcome(self) -> ChanceTally:
         """Once it is over."""
         plain = self.tally()
-        finished = max(1, plain.finished)
-        stalls = np.zeros(finished)
-        told = sorted(self._stalls.values(), reverse=True)[:finished]
-        stalls[: len(told)] = told
         return ChanceTally(
             plain=plain,
-            recomputed_per_request=self._recomputed / finished,
-            stalled_percent=100 * float((stalls > STALL_STEPS).mean()),
-            stall_p99_steps=float(np.percentile(stalls, 99)),
+            recomputed_per_request=self._recomputed / max(1, plain.finished),
             margin_z=self.margin.z,
             unfair=self._overtaken_most,
         )
@@ -207,15 +193,13 @@ class ChanceRun(Run):
         if self._rules.victim == "farthest-end":
             caps = np.full(len(self._made), CAP_TOKENS)
             left = self._model().survival.expected(self._made, caps, self._kind)
-            held = np.maximum(1, self._prompt + self._made)
-            scores = left / held**self._constants.victim_kv_exponent
-            place -= int(scores[::-1].argmax())
+            place -= int(left[::-1].argmax())
         entry = self._entries[place]
-        entry.made = int(self._made[place])
+        entry.made, entry.stood = int(self._made[place]), int(self._stood[place])
+        entry.evicted_at = self._steps
         entry.returning, entry.overtaken = True, 0
         self._line.appendleft(entry)
         self._recomputed += entry.prompt + entry.made
-        self._evicted_at[entry.number] = self._steps
         keep = np.ones(len(self._made), dtype=bool)
         keep[place] = False
         self._keep(keep)
@@ -241,7 +225,8 @@ class ChanceRun(Run):
             window = self._window()
             if len(window) <= passed:
                 break
-            place = self._first_admitted(gate, window, passed)
+            alone = not len(self._made) and not joined
+            place = self._first_admitted(gate, window, passed, alone)
             if place is None:
                 break
             entry = window[place]
@@ -273,8 +258,11 @@ class ChanceRun(Run):
                 break
         return found
 
-    def _first_admitted(self, gate: ChanceGate, window: Sequence[_Entry], since: int) -> int | None:
-        """The first from place `since` on, those before it having been refused by this gate."""
+    def _first_admitted(
+        self, gate: ChanceGate, window: Sequence[_Entry], since: int, alone: bool
+    ) -> int | None:
+        """The first from place `since` on, those before it having been refused by this gate;
+        `alone`: nobody runs or has been admitted, so that the head need only fit."""
         tried = window[since:]
         model, numbers = self._model(), tuple(entry.number for entry in tried)
         known = self._asked
@@ -290,8 +278,7 @@ class ChanceRun(Run):
         fitting = np.flatnonzero(needs < self._capacity)
         if fitting.size:
             return since + int(fitting[0])
-        alone = not len(self._made) and gate.admits(self._member(window[0]))
-        return since if alone and not since else None
+        return 0 if alone and gate.admits(self._member(window[0])) else None
 
     def _next(self, place: int) -> _Entry | None:
         """Who is at this place of the line; from the source if nobody is."""
@@ -299,7 +286,7 @@ class ChanceRun(Run):
             told = self._predicted_of[self.taken] if self._predicted_of is not None else 0
             prompt, output = self._source[self.taken]
             kind = kind_of(prompt, told)
-            entry = _Entry(prompt, output, 0, self.taken, told, kind=kind)
+            entry = _Entry(prompt, output, number=self.taken, predicted=told, kind=kind)
             self._line.append(entry)
             self.taken += 1
         return self._line[place] if place < len(self._line) else None
@@ -318,10 +305,6 @@ class ChanceRun(Run):
         made = np.array([entry.made for entry in joined], dtype=np.int64)
         self._kind = np.append(self._kind, [entry.kind for entry in joined])
         self._until = np.append(self._until, made + self._rules.lease_tokens)
-        for entry in joined:
-            if entry.returning and entry.made:
-                stood = self._steps - self._evicted_at[entry.number]
-                self._stalls[entry.number] = max(stood, self._stalls.get(entry.number, 0))
         self._join(joined)
 
     def _model(self) -> LengthModel:

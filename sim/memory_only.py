@@ -63,6 +63,8 @@ class Tally:
     future_mean: float
     """The batch's true peak over capacity, right after admission: mean over rounds. Above 1
     evictions are certain."""
+    stall_p99_steps: float = 0.0
+    """Of each finished request's longest standstill between two of its tokens."""
 
     @property
     def evictions_percent(self) -> float:
@@ -99,6 +101,14 @@ class Waiting:
     prompt: int
     output: int
     made: int = 0
+    evicted_at: int = -1
+    """The step, if it was."""
+    stood: int = 0
+    """Its longest standstill so far, in steps."""
+
+    def stood_until(self, steps: int) -> int:
+        """The same if it goes on now; who has made nothing waited and did not stand still."""
+        return max(self.stood, steps - self.evicted_at if self.evicted_at >= 0 < self.made else 0)
 
 
 class Run:
@@ -113,7 +123,8 @@ class Run:
         self._draws = Draws(seed)
         self._capacity = capacity
         self._prompt = self._made = self._output = np.empty(0, dtype=np.int64)
-        self._caps = self._made
+        self._caps = self._stood = self._made
+        self._stalls: list[int] = []
         self._held = self._until_end = 0
         self._true_peak: int | None = None
         self._queue: deque[Waiting] = deque()
@@ -143,7 +154,8 @@ class Run:
     def tally(self) -> Tally:
         memory = self._memory_sum / max(1, self._memory_samples) / self._capacity
         future = self._peak_sum / max(1, self._rounds) / self._capacity
-        return Tally(self._steps, self._finished, self._evictions, memory, future)
+        stall = float(np.percentile(self._stalls, 99)) if self._stalls else 0.0
+        return Tally(self._steps, self._finished, self._evictions, memory, future, stall)
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -203,6 +215,7 @@ class Run:
     def _ended(self, ended: NDArray[np.bool_]) -> None:
         """They go into the history."""
         self._history.extend(self._made[ended].tolist())
+        self._stalls.extend(self._stood[ended].tolist())
         self._finished += int(ended.sum())
         if self._gate_name in HISTORY_GATES:
             self._lengths = None
@@ -213,12 +226,14 @@ class Run:
             self._evict_latest()
 
     def _evict_latest(self) -> None:
-        made, output = int(self._made[-1]), int(self._output[-1])
-        self._queue.appendleft(Waiting(int(self._prompt[-1]), output, made))
+        made, output, stood = int(self._made[-1]), int(self._output[-1]), int(self._stood[-1])
+        entry = Waiting(int(self._prompt[-1]), output, made, self._steps, stood)
+        self._queue.appendleft(entry)
         self._keep(slice(-1))
         self._evictions += 1
 
     def _keep(self, which: "slice | NDArray[np.bool_]") -> None:
+        self._stood = self._stood[which]
         self._put(self._prompt[which], self._made[which], self._output[which])
 
     def _put(self, prompt: Ints, made: Ints, output: Ints) -> None:
@@ -269,6 +284,8 @@ class Run:
         return View(self._capacity, 1, members, self._lengths, self._constants, self._draws)
 
     def _join(self, joined: Sequence[Waiting]) -> None:
+        stood = [entry.stood_until(self._steps) for entry in joined]
+        self._stood = np.append(self._stood, np.array(stood, dtype=np.int64))
         self._put(
             np.append(self._prompt, [entry.prompt for entry in joined]),
             np.append(self._made, [entry.made for entry in joined]),

@@ -31,11 +31,16 @@ def running(number: int, prompt: int = 10, made: int = 0, **changes: object) -> 
     )
 
 
-def parked(name: str, requests: list[Request], constants: Constants = CONSTANTS) -> list[int]:
+def parked(
+    name: str,
+    requests: list[Request],
+    constants: Constants = CONSTANTS,
+    return_tokens: float = 0.0,
+) -> list[int]:
     """Numbers in the order in which they would be parked."""
     rest, numbers = list(requests), []
     while rest:
-        victim = VICTIMS[name](rest, SHORT_AND_LONG, constants)
+        victim = VICTIMS[name](rest, SHORT_AND_LONG, constants, return_tokens)
         rest.remove(victim)
         numbers.append(victim.number)
     return numbers
@@ -66,6 +71,14 @@ def test_who_has_made_much_may_be_nearer_its_end_or_farther() -> None:
     """5 tokens made: half of those end at 10. 20 made: about 80 are left."""
     requests = [running(1, made=5), running(2, made=20), running(3, made=90)]
     assert parked("most-remaining", requests) == [2, 1, 3]
+
+
+def test_the_end_is_weighed_against_what_coming_back_costs() -> None:
+    """Of 80 and 60 that are left, who holds a hundred times as much is spared where that has
+    to be computed anew, and is not where coming back is free."""
+    requests = [running(1, prompt=1000, made=20), running(2, made=40)]
+    assert parked("farthest-end", requests) == [1, 2]
+    assert parked("farthest-end", requests, return_tokens=0.01) == [2, 1]
 
 
 def test_a_prefill_that_runs_is_cheap_to_park() -> None:

@@ -1,6 +1,6 @@
 """The scheduler's books: all of its soft state in one place, and the commands being written."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,7 @@ from services.scheduler.core.policies.homes import Homes
 from services.scheduler.core.policies.lengths import Histories, LengthModel
 from services.scheduler.core.policies.queues import QUEUES
 from services.scheduler.core.policies.survival import kind_of
+from services.scheduler.core.policies.victims import VICTIMS
 from services.scheduler.core.presets import Preset
 from services.scheduler.core.promises import Promises
 from services.scheduler.core.rate import Crowding, Pace
@@ -185,6 +186,11 @@ class Books:
             self.largest_known = max(map(self.holds, able), default=None)
             self.largest_stale = False
         return self.largest_known
+
+    def victim_of(self, running: Sequence[Request]) -> Request:
+        """Whom the preset's rule parks first of these, at least one, in order of admission."""
+        victim = VICTIMS[self.preset.victim]
+        return victim(running, self.lengths, self.constants, self.pace.return_tokens)
 
     def give(self, worker: Worker, batch: Batch) -> None:
         """One more closed batch."""

@@ -114,8 +114,7 @@ TRANCHE: Mapping[str, Value] = MappingProxyType(
         "chance_target": 0.1,  # at most: the price of evictions lowers it
         "backfill_max": 15,
         "bind_backlog_estimated": True,
-        "victim_kv_exponent": 1.0,  # a victim computes what it held anew
-        "chance_return_less": 1.5,  # and stands still until it is back
+        "chance_return_less": 0.75,  # a victim stands still until it is back
         "move_gain": 2.0,
         "hoard_deviations": 4.0,
     }

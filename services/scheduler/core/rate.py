@@ -21,6 +21,11 @@ class Pace:
         """Seconds for a prefill alone in its queue."""
         return input_tokens * self.prefill_token_s
 
+    @property
+    def return_tokens(self) -> float:
+        """Output tokens that a running request makes while one of input is prefilled."""
+        return self.prefill_token_s / max(1e-9, self.token_s)
+
     def saw_tokens(self, tokens: int, seconds: float) -> None:
         """A running request made so many tokens in so long."""
         if tokens > 0 and seconds > 0:

@@ -11,7 +11,6 @@ from services.scheduler.core import moves
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.gates import Gate
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
-from services.scheduler.core.policies.victims import VICTIMS
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
 from shared.messages import Renewal, SliceOrder
@@ -111,7 +110,7 @@ def _make_room(books: Books, worker: Worker, now: float) -> None:
     credit = worker.credit
     running = [r for r in credit.leases.values() if r.state is State.PLACED]
     if running and credit.parking_blocks <= 0:
-        victim = VICTIMS[books.preset.victim](running, books.lengths, books.constants)
+        victim = books.victim_of(running)
         moves.park(books, victim, now)
 
 

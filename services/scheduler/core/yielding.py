@@ -16,7 +16,6 @@ from math import ceil, sqrt
 
 from services.scheduler.core import moves
 from services.scheduler.core.books import Books
-from services.scheduler.core.policies.victims import VICTIMS
 from services.scheduler.core.shares import hoards
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
@@ -92,7 +91,7 @@ def make_way(books: Books, head: Request, crowd: frozenset[str], now: float) -> 
     for place in sorted(places.tolist(), key=lambda place: -board.free[place]):
         yielding = _yielding(books, board.workers[place], crowd, head.spec.priority)
         if yielding:
-            victim = VICTIMS[books.preset.victim](yielding, books.lengths, books.constants)
+            victim = books.victim_of(yielding)
             victim.yields += 1
             victim.makes_way = True
             moves.park(books, victim, now)

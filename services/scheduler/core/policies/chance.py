@@ -18,16 +18,12 @@ from services.scheduler.core.policies.members import Columns, Ints, Member, View
 from services.scheduler.core.settings import Constants
 
 Floats = NDArray[np.float64]
-Z_START, Z_LEAST, Z_MOST = 2.0, -1.5, 8.0
+Z_START, Z_LEAST, Z_MOST = 1.7, -1.5, 8.0
 """Deviations: before anything is known, and the limits of the calibration."""
 LATELY = 0.02
 """Of a new sample in a mean: about the last fifty count."""
 TARGET_LEAST = 0.01
 """Down to which the target follows the price of an eviction; `chance_target` is the most."""
-EARLY_MOST, EARLY_ENDS = 4.0, 1000
-"""The first steps of the calibration are so many times as long, and then become shorter as the
-square root of the requests that were seen, until a history is full: where it has to go is not known
-at first, and 1000 requests of the usual steps to get there are too many."""
 PRICED = 0.012
 """Time saved per e-fold of evictions, as a share of the time of a request: 0.008 to 0.03 in the
 memory-only experiment, by workload. The target that costs least is this over an eviction's price in
@@ -79,9 +75,7 @@ class Margin:
         return min(constants.chance_target, max(TARGET_LEAST, PRICED / price))
 
     def _move(self, step: float) -> None:
-        seen = max(1, self.finished + self.evicted)
-        early = max(1.0, min(EARLY_MOST, (EARLY_ENDS / seen) ** 0.5))
-        self.z = min(Z_MOST, max(Z_LEAST, self.z + early * step))
+        self.z = min(Z_MOST, max(Z_LEAST, self.z + step))
 
 
 Moments = tuple[Floats, Floats]

@@ -30,9 +30,9 @@ TAIL_TOKENS = 64
 """Beyond the longest known output the chance to go on is ((g + 64) / (g + 64 + t))^2."""
 SHRINKAGE = 20.0
 """Outputs of the whole history that count in each class."""
-STAND_INS = 20.0
+STAND_INS = 10.0
 """Outputs, uniform up to the request's limit, that an empty history begins with."""
-STAND_INS_END = 200
+STAND_INS_END = 75
 """Real outputs until which they fade away."""
 TOLD_SHRINKAGE = 2.0
 """Outputs of the class by prompt that count beside those of like predictions."""

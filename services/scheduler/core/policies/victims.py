@@ -3,7 +3,8 @@
 A rule gets the requests on one worker in order of admission, at least one, and answers with the
 one to park. To park several, it is asked again without those it has named. Ties go to the last
 admitted, whose loss is most likely the least. Only `lowest-priority` and `farthest-end` look at
-priorities, because the engines that the others follow do not either.
+priorities, because the engines that the others follow do not either. `return_tokens` is what coming
+back costs for each token held: the output tokens that a request makes while one is prefilled.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from services.scheduler.core.policies.survival import kinds_of
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
-Victim = Callable[[Sequence[Request], LengthModel, Constants], Request]
+Victim = Callable[[Sequence[Request], LengthModel, Constants, float], Request]
 
 
 def computed_tokens(request: Request) -> int:
@@ -25,21 +26,21 @@ def computed_tokens(request: Request) -> int:
 
 
 def last_admitted(
-    running: Sequence[Request], lengths: LengthModel, constants: Constants
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
     """vLLM under FCFS, and what TensorRT-LLM pauses [C]."""
     return running[-1]
 
 
 def latest_arrival(
-    running: Sequence[Request], lengths: LengthModel, constants: Constants
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
     """Who came to the mesh last: order of service is kept over re-admissions [T]."""
     return max(running[::-1], key=lambda r: r.number)
 
 
 def least_computed(
-    running: Sequence[Request], lengths: LengthModel, constants: Constants
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
     """Fewest computed tokens, so the cheapest to make again (vLLM pull request 53723, "lcf" [A]);
     with `victim_spared_tokens`, LARRY's third ingredient [R]."""
@@ -48,13 +49,15 @@ def least_computed(
     return min((young or running)[::-1], key=computed_tokens)
 
 
-def largest_kv(running: Sequence[Request], lengths: LengthModel, constants: Constants) -> Request:
+def largest_kv(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
+) -> Request:
     """Frees the most at once (survey note, victim choice)."""
     return max(running[::-1], key=lambda r: r.input_tokens)
 
 
 def most_remaining(
-    running: Sequence[Request], lengths: LengthModel, constants: Constants
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
     """Whose end is farthest, by prediction: as SRPT preempts [M]."""
 
@@ -64,23 +67,25 @@ def most_remaining(
     return max(running[::-1], key=remaining)
 
 
-def farthest_end(running: Sequence[Request], lengths: LengthModel, constants: Constants) -> Request:
+def farthest_end(
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
+) -> Request:
     """Of the least urgent priority, whose end is farthest by the survival function of its class:
-    it would hold its memory longest. `victim_kv_exponent` weighs that against the KV that coming
-    back costs [T]."""
+    it would hold its memory longest. That is divided by what coming back costs: one, and the output
+    tokens that it could have made while all that it holds is computed anew [T]."""
     made = np.array([r.output_tokens for r in running], dtype=np.int64)
     prompt = np.array([r.prompt_tokens for r in running], dtype=np.int64)
     cap = np.array([r.spec.max_tokens for r in running], dtype=np.int64)
     told = np.array([r.predicted_tokens for r in running], dtype=np.int64)
     left = lengths.survival.expected(made, cap, kinds_of(prompt, told))
-    scores = left / np.maximum(1, prompt + made) ** constants.victim_kv_exponent
+    scores = left / (1 + return_tokens * (prompt + made))
     urgency = np.array([r.spec.priority for r in running])
     scores[urgency < urgency.max()] = -1.0
     return running[len(running) - 1 - int(scores[::-1].argmax())]
 
 
 def lowest_priority(
-    running: Sequence[Request], lengths: LengthModel, constants: Constants
+    running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
     """vLLM V1 under PRIORITY: the largest (priority, arrival) [C]."""
     return max(running, key=lambda r: (r.spec.priority, r.number))
