@@ -193,6 +193,7 @@ class ChanceRun(Run):
         if self._rules.victim == "farthest-end":
             caps = np.full(len(self._made), CAP_TOKENS)
             left = self._model().survival.expected(self._made, caps, self._kind)
+            left *= self._prompt + self._made
             place -= int(left[::-1].argmax())
         entry = self._entries[place]
         entry.made, entry.stood = int(self._made[place]), int(self._stood[place])

@@ -73,9 +73,9 @@ def test_who_has_made_much_may_be_nearer_its_end_or_farther() -> None:
     assert parked("most-remaining", requests) == [2, 1, 3]
 
 
-def test_the_end_is_weighed_against_what_coming_back_costs() -> None:
-    """Of 80 and 60 that are left, who holds a hundred times as much is spared where that has
-    to be computed anew, and is not where coming back is free."""
+def test_memory_and_time_are_weighed_against_what_coming_back_costs() -> None:
+    """Of 80 and 60 that are left, who holds twenty times as much is parked first where coming back
+    is free, and spared where it has to be computed anew."""
     requests = [running(1, prompt=1000, made=20), running(2, made=40)]
     assert parked("farthest-end", requests) == [1, 2]
     assert parked("farthest-end", requests, return_tokens=0.01) == [2, 1]

@@ -70,15 +70,17 @@ def most_remaining(
 def farthest_end(
     running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
-    """Of the least urgent priority, whose end is farthest by the survival function of its class:
-    it would hold its memory longest. That is divided by what coming back costs: one, and the output
-    tokens that it could have made while all that it holds is computed anew [T]."""
+    """Of the least urgent priority, who would hold the most memory for the longest, by the survival
+    function of its class: what it holds times what is left of its output. That is divided by what
+    coming back costs, one and the output tokens that could be made while all of it is computed anew:
+    squared, since it is work for the worker as well as a standstill for the victim [T]."""
     made = np.array([r.output_tokens for r in running], dtype=np.int64)
     prompt = np.array([r.prompt_tokens for r in running], dtype=np.int64)
     cap = np.array([r.spec.max_tokens for r in running], dtype=np.int64)
     told = np.array([r.predicted_tokens for r in running], dtype=np.int64)
     left = lengths.survival.expected(made, cap, kinds_of(prompt, told))
-    scores = left / (1 + return_tokens * (prompt + made))
+    held = prompt + made
+    scores = left * held / (1 + return_tokens * held) ** 2
     urgency = np.array([r.spec.priority for r in running])
     scores[urgency < urgency.max()] = -1.0
     return running[len(running) - 1 - int(scores[::-1].argmax())]
