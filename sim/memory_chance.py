@@ -19,6 +19,7 @@ from services.scheduler.core.policies.chance import ChanceGate, Margin, Moments
 from services.scheduler.core.policies.lengths import LengthModel, prepare_lengths
 from services.scheduler.core.policies.members import Columns, Member, View
 from services.scheduler.core.policies.survival import kind_of
+from services.scheduler.core.policies.victims import gains
 from services.scheduler.core.settings import Constants
 from sim.memory_only import (
     CAP_TOKENS,
@@ -193,8 +194,8 @@ class ChanceRun(Run):
         if self._rules.victim == "farthest-end":
             caps = np.full(len(self._made), CAP_TOKENS)
             left = self._model().survival.expected(self._made, caps, self._kind)
-            left *= self._prompt + self._made
-            place -= int(left[::-1].argmax())
+            gained = gains(left, self._prompt + self._made, return_tokens=0.0)
+            place -= int(gained[::-1].argmax())
         entry = self._entries[place]
         entry.made, entry.stood = int(self._made[place]), int(self._stood[place])
         entry.evicted_at = self._steps

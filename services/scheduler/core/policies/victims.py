@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from services.scheduler.core.policies.lengths import LengthModel
-from services.scheduler.core.policies.survival import kinds_of
+from services.scheduler.core.policies.survival import Floats, Ints, kinds_of
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
@@ -67,20 +67,26 @@ def most_remaining(
     return max(running[::-1], key=remaining)
 
 
+def gains(left: Floats, held: Ints, return_tokens: float) -> Floats:
+    """What parking each would gain: the memory it holds times what is left of its output, in
+    tokens, over what coming back costs: one, and the output tokens that could be made while all of
+    it is computed anew. Squared, since that is work for the worker as well as a standstill for the
+    victim [T]."""
+    found: Floats = left * held / (1 + return_tokens * held) ** 2
+    return found
+
+
 def farthest_end(
     running: Sequence[Request], lengths: LengthModel, constants: Constants, return_tokens: float
 ) -> Request:
-    """Of the least urgent priority, who would hold the most memory for the longest, by the survival
-    function of its class: what it holds times what is left of its output. That is divided by what
-    coming back costs, one and the output tokens that could be made while all of it is computed anew:
-    squared, since it is work for the worker as well as a standstill for the victim [T]."""
+    """Of the least urgent priority, who would hold the most memory for the longest by the survival
+    function of its class, over what coming back costs (`gains`) [T]."""
     made = np.array([r.output_tokens for r in running], dtype=np.int64)
     prompt = np.array([r.prompt_tokens for r in running], dtype=np.int64)
     cap = np.array([r.spec.max_tokens for r in running], dtype=np.int64)
     told = np.array([r.predicted_tokens for r in running], dtype=np.int64)
     left = lengths.survival.expected(made, cap, kinds_of(prompt, told))
-    held = prompt + made
-    scores = left * held / (1 + return_tokens * held) ** 2
+    scores = gains(left, prompt + made, return_tokens)
     urgency = np.array([r.spec.priority for r in running])
     scores[urgency < urgency.max()] = -1.0
     return running[len(running) - 1 - int(scores[::-1].argmax())]
