@@ -125,6 +125,7 @@ def summary(found: Sequence[Remembered], lengths: str) -> dict[str, float]:
         "evicted, spread": pstdev(one.evictions_percent for one in ours),
         "steps": steps,
         "steps, spread": pstdev(one.steps_over_oracle for one in ours),
+        "base evicted": fmean(runs[s, BASE].evictions_percent for s in seeds),
         "price of credits": price,
         "evictions at equal steps": evicted / max(0.01, fmean(others)),
         "stall ratio": fmean(one.stall_p99_steps for one in ours) / max(1.0, stalls),

@@ -1,7 +1,7 @@
 """What `tranche` is worth, in figures: the part of docs/policies.md that results are made into.
 
-From the JSON files that `python -m sim.trials` wrote into bench/results; what has not been run is
-not told.
+From the JSON files that `python -m sim.trials` and `sim.remembered` wrote into bench/results; what
+has not been run is not told.
 """
 
 import json
@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sim.remembered import LIMITS, Remembered, missed, summary
 from sim.reproduction.svg_chart import bar_chart
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FOUR_WORKERS, LADDER, EVERYWHERE = (
     RESULTS / f"trials-{name}.json" for name in ("four-workers", "ladder", "everywhere")
 )
+REMEMBERED = RESULTS / "remembered-2026-11-27.json"
+RATIO_MOST = 5.0
 PICTURE = "policies-ladder.svg"
 SHOWN = ("conversations", "bursts", "decode-heavy")
 HEAD = """## What `tranche` is worth
@@ -35,7 +38,7 @@ mean."""
 
 def section() -> str:
     """All of it; empty if nothing has been run."""
-    parts = [part for part in (_four_workers(), _ladder(), _everywhere()) if part]
+    parts = [part for part in (_four_workers(), _ladder(), _everywhere(), _remembered()) if part]
     return "\n".join((HEAD, *parts)) if parts else ""
 
 
@@ -157,3 +160,46 @@ def _beside(cell: Mapping[str, Any]) -> str:
     if cell["behind"] <= 0.03:
         return f"= {cell['tranche']:.3g}"
     return f"{cell['tranche']:.3g}; {cell['of']} {cell['best']:.3g}"
+
+
+def _remembered() -> str:
+    if not REMEMBERED.exists():
+        return ""
+    runs = [Remembered(**run) for run in json.loads(REMEMBERED.read_text(encoding="utf-8"))]
+    lines = [
+        "### Memory alone",
+        "",
+        "No time and no prefill (`python -m sim.remembered`): one target of 3 % for all sets. "
+        "Steps are over those of an oracle that never evicts; ± is the standard deviation over the "
+        "seeds. Beside it Past-Future with a reserve of 3 %; the ratio of evictions is to a "
+        "Past-Future whose reserve lets it take as many steps as `tranche`. Standstills: the 99th "
+        "percentile of each request's longest, over that of Past-Future with 3 %.",
+        "",
+        "| lengths | seeds | steps | evicted | Past-Future evicts | evicted at equal steps, ratio "
+        "| standstills, ratio | price of credits, points of steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    told = {lengths: summary(runs, lengths) for lengths in LIMITS}
+    lines += [_remembered_row(lengths, of) for lengths, of in told.items() if of]
+    words = [f"- {word}" for word in missed(runs)] or ["- nothing"]
+    lines += ["", "What it is asked for there and does not hold:", "", *words]
+    return "\n".join(lines) + "\n"
+
+
+def _remembered_row(lengths: str, of: Mapping[str, float]) -> str:
+    cells = (
+        lengths,
+        f"{of['seeds']:.0f}",
+        f"{of['steps']:.3f} ± {of['steps, spread']:.3f}",
+        f"{of['evicted']:.2f} ± {of['evicted, spread']:.2f} %",
+        f"{of['base evicted']:.2f} %",
+        _over(of["evictions at equal steps"]),
+        _over(of["stall ratio"]),
+        f"{100 * of['price of credits']:+.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _over(ratio: float) -> str:
+    """Where Past-Future has next to none, a ratio says nothing."""
+    return f"{ratio:.2f}" if ratio < RATIO_MOST else "it has none"
