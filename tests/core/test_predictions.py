@@ -4,7 +4,7 @@ import pytest
 
 from services.scheduler.core.outputs import Outputs, middle, share_within
 from services.scheduler.core.promises import Promises
-from services.scheduler.core.rate import BusyRate
+from services.scheduler.core.rate import BusyRate, FirstTokens
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 from services.scheduler.core.waits import Waits
@@ -33,6 +33,23 @@ def test_a_busy_rate_is_what_can_be_done_and_idle_time_does_not_count() -> None:
 
 def test_without_observation_the_rate_is_the_guess() -> None:
     assert BusyRate().per_s(5.0, guess=7.0) == 7.0
+
+
+def test_first_tokens_are_told_by_own_input_and_by_what_is_queued_before() -> None:
+    firsts = FirstTokens()
+    for number in range(300):
+        own, before = 100 + number * 37 % 4_000, number * 53 % 3_000
+        firsts.saw(own, before, 0.05 + own * 2e-4 + before * 5e-5)
+    assert firsts.after_s(1_000, 2_000) == pytest.approx(0.35, rel=0.05)
+    assert firsts.token_s == pytest.approx(2e-4, rel=0.05)
+
+
+def test_alike_first_tokens_tell_no_more_than_they_do() -> None:
+    firsts = FirstTokens()
+    for _ in range(300):
+        firsts.saw(500, 0, 0.2)
+    assert firsts.after_s(500, 0) == pytest.approx(0.2, rel=0.05)
+    assert 0.0 < firsts.after_s(1_000, 0) < 0.4
 
 
 def test_work_ahead_is_counted_by_priority_and_goes_with_who_leaves() -> None:
@@ -71,9 +88,9 @@ def test_the_margin_follows_how_often_starts_were_late() -> None:
     assert promises.misses[-1].error == pytest.approx(0.1 / 1.9)
 
 
-def busy_bench(constants: Constants = DOOR, queued: int = 0) -> Bench:
+def busy_bench(constants: Constants = DOOR, queued: int = 0, policy: str = "past-future") -> Bench:
     """One worker that runs one request; the others wait, ten tokens a second go to the worker."""
-    bench = Bench("past-future", constants)
+    bench = Bench(policy, constants)
     bench.say(beat_of("w1", forms=("leased",), capacity=1000))
     bench.say(submit("running", max_tokens=200))
     for number in range(queued):
@@ -87,7 +104,7 @@ def test_an_accepted_request_is_told_what_is_predicted_if_its_gateway_asks() -> 
     bench = busy_bench(queued=2)
     (told,) = bench.say(Submit(spec=spec_of("new"), told=True))
     assert isinstance(told, Accepted)
-    assert told.start_s == pytest.approx(3.0, rel=0.05)
+    assert told.start_s == pytest.approx(4.0, rel=0.05), "two, itself, and one placing more"
     assert told.finish_s > told.start_s
     assert bench.say(submit("other")) == []
 
@@ -116,8 +133,8 @@ def test_who_has_a_better_priority_passes_a_closed_door() -> None:
 @pytest.mark.parametrize(
     ("changes", "retry_after_s"),
     [
-        ({"ttft_deadline_ms": 1_000}, 3.0),
-        ({"deadline_ms": 1_000}, 3.0),
+        ({"ttft_deadline_ms": 1_000}, 4.0),
+        ({"deadline_ms": 1_000}, 4.0),
         ({"ttft_deadline_ms": 1}, None),
         ({"ttft_deadline_ms": 60_000, "deadline_ms": 600_000}, 0.0),
     ],
@@ -136,3 +153,11 @@ def test_deadlines_that_would_be_missed_are_refused(
     assert answer.reason == "deadline"
     expected = None if retry_after_s is None else pytest.approx(retry_after_s, rel=0.05)
     assert answer.retry_after_s == expected
+
+
+def test_who_is_refused_for_a_deadline_hears_the_wait_of_one_in_no_hurry() -> None:
+    bench = busy_bench(queued=5, policy="tranche", constants=Constants(running_max=1))
+    (answer,) = bench.say(submit("new", ttft_deadline_ms=100))
+    assert isinstance(answer, Rejected)
+    assert answer.start_s == pytest.approx(2.0, rel=0.05), "its deadline moves it to the front"
+    assert answer.retry_after_s == pytest.approx(7.0, rel=0.05)

@@ -394,6 +394,24 @@ def test_backlogged_tenants_are_served_alike(seed: int, running: int) -> None:
         assert max(given.values()) - min(given.values()) <= 400 + running * (400 + 2 * 300)
 
 
+def test_near_the_head_a_newcomer_passes_larger_ones_that_are_passed() -> None:
+    queue = make("volume", backfill_max=3, overtaken_max=32)
+    sizes = (4_000, 100, 4_000)
+    waiting = [request_of(number, size) for number, size in enumerate(sizes, 1)]
+    for request in waiting:
+        queue.push(request, 0.0)
+    small, large = request_of(9, 200, arrived_at=60.0), request_of(9, 5_000, arrived_at=60.0)
+    assert queue.ahead_tokens(small, 60.0) == 8_100
+    waiting[0].overtaken = 1
+    assert queue.ahead_tokens(small, 60.0) == 4_100
+    assert queue.ahead_tokens(large, 60.0) == 8_100
+    waiting[0].overtaken = 32
+    assert queue.ahead_tokens(small, 60.0) == 8_100, "nobody may pass it again"
+    queue.push(request_of(4, 50), 0.0)
+    waiting[0].overtaken = 1
+    assert queue.ahead_tokens(small, 60.0) == 8_150, "too far back to be tried"
+
+
 def test_idleness_is_not_saved_up() -> None:
     queue = make("fair")
     for number in (1, 2):

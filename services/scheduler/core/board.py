@@ -254,6 +254,12 @@ class Board:
         done = np.maximum(0.0, now - self.since) / self.prefill_token_s
         return self.gauges.backlog - np.minimum(self.under_way, done)
 
+    def least_backlog(self, now: float, *, estimated: bool) -> float:
+        """Prefill queued on the worker that takes orders and has least of it."""
+        self.written()
+        taking = self.free > -np.inf
+        return float(self._backlog(now, estimated=estimated)[taking].min(initial=np.inf))
+
     def runs_short_at(self, backlog_below: float, now: float) -> float | None:
         """When the first worker that has too much prefill queued now should have less than so much,
         without a word of it; None: none should."""

@@ -19,7 +19,7 @@ from services.scheduler.core.policies.survival import kind_of
 from services.scheduler.core.policies.victims import VICTIMS
 from services.scheduler.core.presets import Preset
 from services.scheduler.core.promises import Promises
-from services.scheduler.core.rate import Crowding, Pace
+from services.scheduler.core.rate import Crowding, FirstTokens, Pace
 from services.scheduler.core.requests import Requests
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.shares import Shares
@@ -136,6 +136,8 @@ class Books:
     """How fast leases go, as the workers' reports tell."""
     crowding: Crowding = field(default_factory=Crowding)
     """How much one request slows the others down."""
+    firsts: FirstTokens = field(default_factory=FirstTokens)
+    """How long first tokens take, from the placing on."""
     waits: Waits = field(default_factory=Waits)
     """How much work waits, and how fast it goes."""
     outputs: Outputs = field(default_factory=Outputs)

@@ -36,7 +36,9 @@ def take_report(
     made = (len(joined) - len(request.tokens)) // TOKEN_BYTES
     passed_s = now - request.heard_at
     if first:
+        own = request.backlog_tokens
         books.pace.saw_prefill(request.backlog_ahead, passed_s)
+        books.firsts.saw(own, request.backlog_ahead - own, passed_s)
         worker.credit.prefilled(request, now)
     else:
         books.pace.saw_tokens(made, passed_s)

@@ -2,11 +2,12 @@
 
 Theory of operation. With leases a newcomer waits until the input ahead of it has been placed, at
 the rate at which waiting input was placed lately (waits.py), unless a worker has room for it now.
-Where the order is not that of arrival the queue says what is ahead of it (`ahead_tokens`).
-Then its prefill waits its turn, at the pace that reports tell (rate.py). Its length is that of the
-recent outputs of like prompts (outputs.py): half of them are longer. Closed batches are predicted
-from the fitted costs. Everything is O(1) in the number of waiting requests; what is predicted is
-compared with what came (promises.py), and the margins of refusals follow from that.
+Where the order is not that of arrival the queue says what is ahead of it (`ahead_tokens`). If no
+worker has room for it now it waits for one more placing, and until a worker has little enough
+prefill queued. Then its prefill waits its turn there, as long as reports tell (rate.py). Its length
+is that of the recent outputs of like prompts (outputs.py): half of them are longer. Closed batches
+are predicted from the fitted costs. Everything is O(1) in the number of waiting requests; what is
+predicted is compared with what came (promises.py), and the margins of refusals follow from that.
 """
 
 from collections.abc import Sequence
@@ -65,10 +66,11 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     if not books.leased:
         return _of_batches(books, own, length, outputs)
     wait_s, queue_s = _waits_s(books, spec, own, now)
-    pace = books.pace
-    start_s = wait_s + pace.prefill_s(own + _least_backlog(books))
-    finish_s = start_s + max(0, length - 1) * pace.token_s
-    return Prediction(wait_s, queue_s, start_s, finish_s, pace.token_s, length, outputs)
+    backlog = books.board.least_backlog(now, estimated=False)
+    start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0)
+    token_s = books.pace.token_s
+    finish_s = start_s + max(0, length - 1) * token_s
+    return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs)
 
 
 def predict_output(books: Books, request: Request) -> None:
@@ -121,7 +123,7 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
         return 0.0, 0.0
     everybody = books.waits.ahead_tokens(spec.priority)
     queue_s = drained_s(books, everybody + own, now)
-    if books.lines.early or not everybody:
+    if books.lines.early:
         return queue_s, queue_s
     newcomer = Request(
         spec=spec,
@@ -130,9 +132,21 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
         predicted_tokens=spec.predicted_output_tokens or 0,
         arrived_at=now,
     )
-    turn = books.lines.central.ahead_tokens(newcomer, now)
+    turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
-    return drained_s(books, ahead + own, now), queue_s
+    if not ahead and _has_room(books, own, now):
+        return 0.0, queue_s
+    # Placings come like the ends that make room for them: the next one is a mean placing away,
+    # whenever the last one was.
+    taken = ahead + books.waits.served.event_work + own
+    return _opens_s(books, now) + drained_s(books, taken, now), queue_s
+
+
+def _opens_s(books: Books, now: float) -> float:
+    """Until some worker has so little prefill queued that late binding gives it more."""
+    cap = books.constants.bind_backlog_tokens
+    over = books.board.least_backlog(now, estimated=True) - cap if cap else 0.0
+    return over * books.firsts.token_s if 0 < over < np.inf else 0.0
 
 
 def _has_room(books: Books, own: int, now: float) -> bool:
@@ -148,13 +162,6 @@ def _has_room(books: Books, own: int, now: float) -> bool:
         constants.bind_backlog_estimated,
     )
     return bool(eligible.size)
-
-
-def _least_backlog(books: Books) -> int:
-    """Prefill queued on the worker that has least of it."""
-    gauges = books.board.written()
-    taking = books.board.free > -np.inf
-    return int(gauges.backlog[taking].min()) if taking.any() else 0
 
 
 def _remember(books: Books) -> None:

@@ -1,7 +1,9 @@
 """Rates: how fast leases go, and how fast what waits is taken."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 PACE_SHARE = 0.05
 """Of a new sample in a pace: about the last twenty count."""
@@ -35,6 +37,52 @@ class Pace:
         """So much queued prefill was done in so long."""
         if tokens > 0 and seconds > 0:
             self.prefill_token_s += PACE_SHARE * (seconds / tokens - self.prefill_token_s)
+
+
+FIRSTS_SHARE = 0.01
+"""Of a new sample in what first tokens take: about the last hundred count."""
+FIRSTS_GUESS = (0.03, 0.1, 0.03)
+"""Seconds; seconds for a thousand tokens of own input, and of input queued before it [T]."""
+FIRSTS_DOUBT = 1.0
+"""What the guess weighs, for good, beside 1 / seconds of each sample: while all requests are alike
+it tells one coefficient from another."""
+FIRSTS_AT_LEAST_S = 0.05
+"""Errors count relative to the time it took, but to no less."""
+
+
+@dataclass(slots=True)
+class FirstTokens:
+    """Seconds from the placing of a request to its first token: a plane through what reports tell,
+    over its own input and the prefill that was queued before it. For predictions only."""
+
+    _moments: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]" = field(
+        default_factory=lambda: np.zeros((3, 4))
+    )
+    """Weighted sums of products of (1, own, before) with themselves and the seconds."""
+    _known: tuple[float, float, float] = FIRSTS_GUESS
+
+    def saw(self, own_tokens: int, before_tokens: int, seconds: float) -> None:
+        """One took so long."""
+        if own_tokens <= 0 or seconds <= 0:
+            return
+        row = np.array((1.0, own_tokens / 1000, max(0, before_tokens) / 1000, seconds))
+        self._moments *= 1.0 - FIRSTS_SHARE
+        self._moments += np.outer(row[:3], row) / max(seconds, FIRSTS_AT_LEAST_S)
+        left = self._moments[:, :3] + FIRSTS_DOUBT * np.eye(3)
+        right = self._moments[:, 3] + FIRSTS_DOUBT * np.array(FIRSTS_GUESS)
+        fitted = np.linalg.solve(left, right)
+        fixed, own, before = (max(0.0, float(value)) for value in fitted)
+        self._known = fixed, own, before
+
+    def after_s(self, own_tokens: int, before_tokens: float) -> float:
+        """From its placing to its first token."""
+        fixed, own, before = self._known
+        return fixed + (own * own_tokens + before * before_tokens) / 1000
+
+    @property
+    def token_s(self) -> float:
+        """Each token of input."""
+        return self._known[1] / 1000
 
 
 CROWDING_SHARE = 0.002
@@ -111,6 +159,11 @@ class BusyRate:
         missing_s = max(0.0, GUESSED_S - self.since)
         seconds = self.since + missing_s
         return (self.work + guess * missing_s) / seconds
+
+    @property
+    def event_work(self) -> float:
+        """Mean work of what was done at once."""
+        return self.work / self.events if self.events > 0 else 0.0
 
     def _pass(self, now: float) -> None:
         passed, self.at = max(0.0, now - self.at), max(now, self.at)

@@ -5,8 +5,8 @@ because its wait is above `wait_max_s`. Then the door closes until a good part o
 (`reopen_share` of it is left, or `closed_max_s` of work was done), and the time until then is what
 everybody is told: it can be foretold, since nothing joins meanwhile; a door that opened for each
 place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
-is refused for it hears how long it would have waited for its first token. If it would be missed
-without any queue too, trying again does not help, and that is said.
+is refused for it hears how long one that names no deadline would wait for its first token. If it
+would be missed without any queue too, trying again does not help, and that is said.
 """
 
 import msgspec
@@ -24,7 +24,7 @@ def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | Non
     prediction = predict(books, spec, now)
     answer = _never(books, spec)
     if answer is None:
-        answer = _full(books, spec, prediction, now) or _too_late(books, spec, prediction)
+        answer = _full(books, spec, prediction, now) or _too_late(books, spec, prediction, now)
         if answer is not None:
             expected = {"start_s": prediction.start_s, "finish_s": prediction.finish_s}
             answer = msgspec.structs.replace(answer, **expected)
@@ -75,7 +75,9 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
     return _rejected(books, spec, "queue_full", detail, retry_s)
 
 
-def _too_late(books: Books, spec: RequestSpec, prediction: Prediction) -> Rejected | None:
+def _too_late(
+    books: Books, spec: RequestSpec, prediction: Prediction, now: float
+) -> Rejected | None:
     """A deadline that would be missed."""
     late, wanted = books.promises.late, books.constants.deadline_chance
     alone_s = prediction.start_s - prediction.wait_s
@@ -84,14 +86,22 @@ def _too_late(books: Books, spec: RequestSpec, prediction: Prediction) -> Reject
         if prediction.start_s * late > within_s:
             detail = f"the first token is expected in {prediction.start_s:.2f} s"
             helps = alone_s * late <= within_s
-            return _rejected(books, spec, "deadline", detail, prediction.start_s if helps else None)
+            retry_s = _patient_s(books, spec, now) if helps else None
+            return _rejected(books, spec, "deadline", detail, retry_s)
     if spec.deadline_ms is not None:
         within_s = spec.deadline_ms / 1000
         if prediction.chance_of_finish(within_s, late) < wanted:
             detail = f"the end is expected in {prediction.finish_s:.2f} s"
             helps = prediction.chance_of_finish(within_s + prediction.wait_s * late, late) >= wanted
-            return _rejected(books, spec, "deadline", detail, prediction.start_s if helps else None)
+            retry_s = _patient_s(books, spec, now) if helps else None
+            return _rejected(books, spec, "deadline", detail, retry_s)
     return None
+
+
+def _patient_s(books: Books, spec: RequestSpec, now: float) -> float:
+    """Its start, if it were in no hurry: a deadline moves it up, and behind all once it is late."""
+    patient = msgspec.structs.replace(spec, ttft_deadline_ms=None, deadline_ms=None)
+    return predict(books, patient, now).start_s
 
 
 def advice(books: Books) -> str:

@@ -35,8 +35,9 @@ class Listed:
     """Least key first, in a sorted list: the first few are at hand, and 10,000 entries are moved
     in some microseconds."""
 
-    def __init__(self, key: Callable[[Request], Key]) -> None:
+    def __init__(self, key: Callable[[Request], Key], constants: Constants) -> None:
         self._key = key
+        self._backfill_max, self._overtaken_max = constants.backfill_max, constants.overtaken_max
         self._entries: list[tuple[Key, int, str, Request]] = []
         self._places: dict[str, tuple[Key, int, str, Request]] = {}
 
@@ -62,15 +63,23 @@ class Listed:
         return self.first(len(self._entries))
 
     def ahead_tokens(self, request: Request | None) -> float:
-        """About the input of those before a newcomer; of all for nobody."""
+        """About the input of those before a newcomer; of all for nobody. Near the head it passes
+        larger ones that others pass, too."""
         count, most = len(self._entries), OTHERS_LOOKED_AT
         if request is not None:
             count = bisect_left(self._entries, (self._key(request), request.number))
             most = LOOKED_AT
+        if request is not None and count <= self._backfill_max:
+            before = (entry[3] for entry in self._entries[:count])
+            return sum(r.input_tokens for r in before if not self._lets_pass(r, request))
         if not count:
             return 0.0
         some = self._entries[: count : -(-count // most)]
         return sum(entry[3].input_tokens for entry in some) / len(some) * count
+
+    def _lets_pass(self, waiting: Request, newcomer: Request) -> bool:
+        overtaken = 0 < waiting.overtaken < self._overtaken_max
+        return overtaken and waiting.input_tokens > newcomer.input_tokens
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -80,7 +89,7 @@ class StandingQueue(Ranked):
     """A queue that keeps accounts of its tenants, and puts off who is late."""
 
     def __init__(self, constants: Constants, estimates: Estimates) -> None:
-        self._boost_s = constants.volume_boost_s
+        self._boost_s, self._constants = constants.volume_boost_s, constants
         self._estimates = estimates
         self._accounts = Accounts(constants)
         self._timed: dict[str, tuple[float, Request]] = {}
@@ -192,7 +201,7 @@ class StandingQueue(Ranked):
         return Fair(self._accounts, self._tenant)
 
     def _tenant(self) -> Tenant:
-        return Listed(lambda request: (self._due(request),))
+        return Listed(lambda request: (self._due(request),), self._constants)
 
     def _due(self, request: Request) -> float:
         latest = self._latest_start(request)
