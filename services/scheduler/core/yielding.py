@@ -22,6 +22,8 @@ from services.scheduler.core.workers import Worker
 
 PLACES_TRIED = 8
 """Workers on which somebody is looked for who may make way: those with most free."""
+LOOKED_AT_ONCE = 1000
+"""Tenants, of which a look takes less than a millisecond."""
 NOBODY: frozenset[str] = frozenset()
 
 
@@ -29,7 +31,10 @@ def crowd_of(books: Books, now: float) -> frozenset[str]:
     """Tenants that crowd others out, looked for from time to time; they stand behind the others
     from then on, until they run no more than their share."""
     shares, constants, line = books.shares, books.constants, books.lines.central
-    if not constants.hoard_deviations or now < shares.looked_at + constants.hoard_look_s:
+    if not constants.hoard_deviations:
+        return shares.crowd
+    tenants = len(shares.running) + len(line.waiting_tenants)
+    if now < shares.looked_at + constants.hoard_look_s * max(1.0, tenants / LOOKED_AT_ONCE):
         return shares.crowd
     shares.looked_at = now
     crowd = _crowd(books)
