@@ -11,10 +11,12 @@ from typing import Any
 
 from sim.remembered import LIMITS, Remembered, missed, summary
 from sim.reproduction.svg_chart import bar_chart
+from sim.trials.everywhere import FIGURES, FIRST, WITHIN
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-FOUR_WORKERS, LADDER, EVERYWHERE = (
-    RESULTS / f"trials-{name}.json" for name in ("four-workers", "ladder", "everywhere")
+FOUR_WORKERS, LADDER, EVERYWHERE, EVERYBODY = (
+    RESULTS / f"trials-{name}.json"
+    for name in ("four-workers", "ladder", "everywhere", "everybody")
 )
 REMEMBERED = RESULTS / "remembered-2026-11-27.json"
 RATIO_MOST = 5.0
@@ -152,8 +154,32 @@ def _everywhere() -> str:
             + " | ".join(told)
             + " |"
         )
-    lines += ["", *result.get("why", ()), "", REMARK]
+    lines += ["", *result.get("why", ()), "", REMARK, "", _everybody()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _everybody() -> str:
+    """The presets of which one seed has been run, in a sentence."""
+    result = _read(EVERYBODY)
+    if result is None:
+        return ""
+    ahead: dict[str, list[str]] = {}
+    for place in result["places"]:
+        for name, told in FIGURES.items():
+            cell = place[name]
+            if cell["behind"] > WITHIN and cell["of"] not in FIRST:
+                ahead.setdefault(cell["of"], []).append(
+                    f"{place['workload']} {place['load']:g} {told} ({cell['behind']:.0%})"
+                )
+    most = max(place["presets"] for place in result["places"])
+    words = [
+        f"Beside all others, closed batches included (up to {most - 1} presets, one seed of each, "
+        f"`bench/results/{EVERYBODY.name}`), it is behind in {result['behind']} of "
+        f"{result['cells']} figures. Ahead of it and of those in the table:"
+        + ("" if ahead else " nobody.")
+    ]
+    words += [""] * bool(ahead) + [f"- `{name}`: {', '.join(of)}" for name, of in ahead.items()]
+    return "\n".join(words) + "\n"
 
 
 def _beside(cell: Mapping[str, Any]) -> str:
