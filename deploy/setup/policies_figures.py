@@ -178,6 +178,9 @@ def _everybody() -> str:
         f"{result['cells']} figures. Ahead of it and of those in the table:"
         + ("" if ahead else " nobody.")
     ]
+    told = [of for each in ahead.values() for of in each]
+    if told and all("p99 stall" in of for of in told):
+        words[-1] += " only in standstills, since they let fewer run at once and evict or move few."
     words += [""] * bool(ahead) + [f"- `{name}`: {', '.join(of)}" for name, of in ahead.items()]
     return "\n".join(words) + "\n"
 
