@@ -357,6 +357,8 @@ def main(
 ) -> None:
     """Exit code 1 if a limit is not held."""
     preset_named(policy)
+    if arrivals and arrivals not in PREDICTED_LOADS:
+        raise typer.BadParameter(f"{arrivals!r} is not one of {', '.join(PREDICTED_LOADS)}")
     kinds = [arrivals] if arrivals else list(PREDICTED_LOADS)
     figures = measure(policy, requests, seeds, kinds)
     Console(width=150).print(table(figures))

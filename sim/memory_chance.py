@@ -2,7 +2,7 @@
 
 Like `memory_only`, whose state and steps these are, with the scheduler core's own gate, survival
 function and margin. What differs: behind a refused head others are tried (`backfill_max`), and
-where memory does not last the victim is a rule's. With credits nobody runs without a lease that has
+where memory does not last the victim is the preset's. With credits nobody runs without a lease that has
 memory set aside; who has used up a lease gets the next one, shorter where memory is short, and
 where none is left a victim is paused. What is set aside never exceeds what there is, so that no
 allocation can fail: that is asserted at every step.
@@ -35,22 +35,18 @@ from sim.memory_only import (
 )
 
 CHANCE = replace(QUIRKS, backfill_max=15, chance_target=0.03)
-VICTIMS = ("farthest-end", "last-admitted")
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What is switched on."""
 
-    victim: str = "farthest-end"
     lease_tokens: int = 0
     """0: no credits; what overflows is evicted."""
     steered: bool = True
     """The margin follows the evictions; else it stays at `z`."""
     z: float | None = None
     """The margin to begin with; None: the core's."""
-    classes: bool = True
-    """Histories by prompt length, or by prediction; else one for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +54,6 @@ class ChanceTally:
     """What a run was, with what the plain tally does not tell."""
 
     plain: Tally
-    recomputed_per_request: float
-    """Tokens that evicted requests held, per finished request."""
     margin_z: float
     """At the end."""
     unfair: int
@@ -121,7 +115,7 @@ class ChanceRun(Run):
         self.margin = Margin()
         if rules.z is not None:
             self.margin.z = rules.z
-        self._recomputed = self._overtaken_most = self._free = 0
+        self._overtaken_most = self._free = 0
         self._asked: _Asked | None = None
 
     def outcome(self) -> ChanceTally:
@@ -129,7 +123,6 @@ class ChanceRun(Run):
         plain = self.tally()
         return ChanceTally(
             plain=plain,
-            recomputed_per_request=self._recomputed / max(1, plain.finished),
             margin_z=self.margin.z,
             unfair=self._overtaken_most,
         )
@@ -190,18 +183,14 @@ class ChanceRun(Run):
             free -= tokens
 
     def _evict(self) -> None:
-        place = len(self._made) - 1
-        if self._rules.victim == "farthest-end":
-            caps = np.full(len(self._made), CAP_TOKENS)
-            left = self._model().survival.expected(self._made, caps, self._kind)
-            gained = gains(left, self._prompt + self._made, return_tokens=0.0)
-            place -= int(gained[::-1].argmax())
+        left = self._model().survival.expected(self._made, self._caps, self._kind)
+        gained = gains(left, self._prompt + self._made, return_tokens=0.0)
+        place = len(gained) - 1 - int(gained[::-1].argmax())
         entry = self._entries[place]
         entry.made, entry.stood = int(self._made[place]), int(self._stood[place])
         entry.evicted_at = self._steps
         entry.returning, entry.overtaken = True, 0
         self._line.appendleft(entry)
-        self._recomputed += entry.prompt + entry.made
         keep = np.ones(len(self._made), dtype=bool)
         keep[place] = False
         self._keep(keep)
@@ -312,7 +301,7 @@ class ChanceRun(Run):
     def _model(self) -> LengthModel:
         if self._lengths is None:
             seen = np.array(self._history, dtype=np.int64)
-            kinds = np.array(self._seen_kinds, dtype=np.int64) if self._rules.classes else None
+            kinds = np.array(self._seen_kinds, dtype=np.int64)
             self._lengths = prepare_lengths(seen, None, self._constants, kinds)
         return self._lengths
 

@@ -9,62 +9,19 @@ from time import thread_time
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from services.scheduler.core.policies.estimates import Estimates
-from services.scheduler.core.policies.fair import ACCOUNTS_MAX, Accounts
 from services.scheduler.core.policies.levels import level
-from services.scheduler.core.policies.order import Queue
 from services.scheduler.core.policies.queues import QUEUES
-from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
-from shared import tokens
-from tests.core.seam import spec_of
-
-# Powers of two, so that sums come out the same in whatever order they are made.
-PREFILL_TOKEN_S, TOKEN_S = 1 / 1024, 1 / 16
-CONSTANTS = Constants(
-    mlfq_quantum_s=1 / 8, mlfq_levels=5, mlfq_idle_s=3.0, srpt_ageing_tokens_per_s=16.0
+from tests.core.queueing import (
+    CONSTANTS,
+    ESTIMATES,
+    PREFILL_TOKEN_S,
+    TOKEN_S,
+    expected_output,
+    make,
+    request_of,
+    served,
 )
-
-
-def expected_output(request: Request) -> float:
-    """A prediction that knows something: long prompts have long answers."""
-    return float(max(request.output_tokens + 8, request.prompt_tokens // 4))
-
-
-ESTIMATES = Estimates(
-    output_tokens=expected_output,
-    prefill_s=lambda request: request.input_tokens * PREFILL_TOKEN_S,
-    token_s=lambda: TOKEN_S,
-)
-
-
-def request_of(number: int, prompt_tokens: int = 64, made: int = 0, **changes: object) -> Request:
-    spec_names = ("tenant", "priority", "ttft_deadline_ms", "deadline_ms")
-    spec = {name: changes.pop(name) for name in spec_names if name in changes}
-    changes.setdefault("since", changes.get("arrived_at", 0.0))
-    return Request(
-        spec=spec_of(f"r{number}", **spec),
-        number=number,
-        prompt_tokens=prompt_tokens,
-        tokens=tokens.pack(range(made)),
-        **changes,  # type: ignore[arg-type]
-    )
-
-
-def make(name: str, **changes: object) -> Queue:
-    values = {field: getattr(CONSTANTS, field) for field in CONSTANTS.__slots__}
-    return QUEUES[name](Constants(**{**values, **changes}), ESTIMATES)
-
-
-def served(queue: Queue, now: float) -> list[int]:
-    """Numbers in the order in which they are next, if time stands still."""
-    numbers = []
-    while (head := queue.head(now)) is not None:
-        numbers.append(head.number)
-        queue.remove(head)
-    assert len(queue) == 0
-    return numbers
-
 
 # ------------------------------------------------------------------------------------ definitions
 
@@ -356,86 +313,6 @@ def test_larry_is_first_come_first_served_while_few_wait() -> None:
     assert queue.head(2.0) is pair[1]
 
 
-# ------------------------------------------------------------------------------------------- fair
-
-
-def busy(queue: Queue, rng: Random, tenants: str, count: int) -> Iterator[Request]:
-    """Serve so many; every tenant always has something waiting."""
-    number = 0
-    for tenant in tenants * 2:
-        number += 1
-        queue.push(request_of(number, rng.randint(1, 400), tenant=tenant), 0.0)
-    for _ in range(count):
-        head = queue.head(0.0)
-        assert head is not None
-        queue.remove(head)
-        number += 1
-        queue.push(request_of(number, rng.randint(1, 400), tenant=head.spec.tenant), 0.0)
-        yield head
-
-
-@given(seed=st.integers(0, 2**32), running=st.integers(1, 8))
-@settings(max_examples=20)
-def test_backlogged_tenants_are_served_alike(seed: int, running: int) -> None:
-    """However different their requests: a tenant is ahead by what `running` requests and one
-    prompt cost at most, since output is charged when it is there."""
-    rng, queue = Random(seed), make("fair")
-    given = dict.fromkeys("abc", 0.0)
-    open_ones: list[tuple[Request, int]] = []
-    longest = {"a": 10, "b": 60, "c": 300}
-    for head in busy(queue, rng, "abc", 300):
-        queue.charge(head, head.input_tokens, 0)
-        given[head.spec.tenant] += head.input_tokens
-        open_ones.append((head, rng.randint(1, longest[head.spec.tenant])))
-        if len(open_ones) >= running:
-            ended, made = open_ones.pop(rng.randrange(len(open_ones)))
-            queue.charge(ended, 0, made)
-            given[ended.spec.tenant] += 2 * made
-        assert max(given.values()) - min(given.values()) <= 400 + running * (400 + 2 * 300)
-
-
-def test_near_the_head_a_newcomer_passes_larger_ones_that_are_passed() -> None:
-    queue = make("volume", backfill_max=3, overtaken_max=32)
-    sizes = (4_000, 100, 4_000)
-    waiting = [request_of(number, size) for number, size in enumerate(sizes, 1)]
-    for request in waiting:
-        queue.push(request, 0.0)
-    small, large = request_of(9, 200, arrived_at=60.0), request_of(9, 5_000, arrived_at=60.0)
-    assert queue.ahead_tokens(small, 60.0) == 8_100
-    waiting[0].overtaken = 1
-    assert queue.ahead_tokens(small, 60.0) == 4_100
-    assert queue.ahead_tokens(large, 60.0) == 8_100
-    waiting[0].overtaken = 32
-    assert queue.ahead_tokens(small, 60.0) == 8_100, "nobody may pass it again"
-    queue.push(request_of(4, 50), 0.0)
-    waiting[0].overtaken = 1
-    assert queue.ahead_tokens(small, 60.0) == 8_150, "too far back to be tried"
-
-
-def test_idleness_is_not_saved_up() -> None:
-    queue = make("fair")
-    for number in (1, 2):
-        queue.push(request_of(number, tenant="a"), 0.0)
-    queue.charge(request_of(9, tenant="a"), 1000, 500)
-    queue.push(request_of(3, tenant="b"), 0.0)
-    assert served(queue, 0.0) == [1, 2, 3]
-    # Nobody waits: who comes is as well off as the one that was last to leave.
-    queue.charge(request_of(9, tenant="b"), 10, 0)
-    queue.push(request_of(5, tenant="c"), 0.0)
-    queue.push(request_of(4, tenant="b"), 0.0)
-    assert served(queue, 0.0) == [4, 5]
-
-
-def test_accounts_of_tenants_that_are_gone_are_forgotten() -> None:
-    accounts = Accounts(CONSTANTS)
-    accounts.enter("waits")
-    for number in range(3 * ACCOUNTS_MAX):
-        accounts.charge(f"t{number}", number + 1, 0)
-    kept = sum(accounts.given(f"t{number}") > 0 for number in range(3 * ACCOUNTS_MAX))
-    assert 0 < kept <= ACCOUNTS_MAX
-    assert accounts.given(f"t{3 * ACCOUNTS_MAX - 1}") == 3 * ACCOUNTS_MAX
-
-
 # ----------------------------------------------------------------------------- starvation, latency
 
 
@@ -542,15 +419,3 @@ def test_the_head_is_cheap_with_ten_thousand_waiting(name: str) -> None:
             calls.append(thread_time() - began)
     assert heads / 1000 < 50e-6
     assert max(calls) < 20e-3
-
-
-@pytest.mark.parametrize("name", ["fair", "volume"])
-def test_who_stands_behind_comes_after_everybody_else_and_back_again(name: str) -> None:
-    queue = make(name)
-    for number, tenant in enumerate("aabbc"):
-        queue.push(request_of(number, tenant=tenant), 0.0)
-    assert dict(queue.waiting_tenants) == {"a": 2, "b": 2, "c": 1}
-    queue.stand_behind(frozenset("ab"))
-    assert [r.spec.tenant for r in queue.first(5, 0.0)] == ["c", "a", "b", "a", "b"]
-    queue.stand_behind(frozenset("b"))
-    assert served(queue, 0.0) == [0, 1, 4, 2, 3]
