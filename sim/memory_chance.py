@@ -2,8 +2,8 @@
 
 Like `memory_only`, whose state and steps these are, with the scheduler core's own gate, survival
 function and margin. What differs: behind a refused head others are tried (`backfill_max`), and
-where memory does not last the victim is the preset's. With credits nobody runs without a lease that has
-memory set aside; who has used up a lease gets the next one, shorter where memory is short, and
+where memory does not last the victim is the preset's. With credits nobody runs without a lease that
+has memory set aside; who has used up a lease gets the next one, shorter where memory is short, and
 where none is left a victim is paused. What is set aside never exceeds what there is, so that no
 allocation can fail: that is asserted at every step.
 """
