@@ -6,6 +6,7 @@ from functools import partial
 
 from services.scheduler.core.board import Board
 from services.scheduler.core.calibration import Calibration
+from services.scheduler.core.comers import Comers
 from services.scheduler.core.draws import Draws
 from services.scheduler.core.lines import Lines
 from services.scheduler.core.outputs import Outputs
@@ -140,6 +141,8 @@ class Books:
     """How long first tokens take, from the placing on."""
     waits: Waits = field(default_factory=Waits)
     """How much work waits, and how fast it goes."""
+    comers: Comers = field(default_factory=Comers)
+    """Who came lately."""
     outputs: Outputs = field(default_factory=Outputs)
     """How long the outputs of like prompts were."""
     promises: Promises = field(default_factory=Promises)

@@ -73,6 +73,17 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs)
 
 
+def newcomer_of(books: Books, spec: RequestSpec, now: float) -> Request:
+    """As it would be if it were taken in."""
+    return Request(
+        spec=spec,
+        number=books.requests.taken + 1,
+        prompt_tokens=tokens.count(spec.prompt),
+        predicted_tokens=spec.predicted_output_tokens or 0,
+        arrived_at=now,
+    )
+
+
 def predict_output(books: Books, request: Request) -> None:
     """Quantiles of its output, by what the policy goes by, to be compared when it has ended."""
     cap = request.spec.max_tokens
@@ -125,13 +136,7 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
     queue_s = drained_s(books, everybody + own, now)
     if books.lines.early:
         return queue_s, queue_s
-    newcomer = Request(
-        spec=spec,
-        number=books.requests.taken + 1,
-        prompt_tokens=own,
-        predicted_tokens=spec.predicted_output_tokens or 0,
-        arrived_at=now,
-    )
+    newcomer = newcomer_of(books, spec, now)
     turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
     if not ahead and _has_room(books, own, now):

@@ -5,14 +5,22 @@ because its wait is above `wait_max_s`. Then the door closes until a good part o
 (`reopen_share` of it is left, or `closed_max_s` of work was done), and the time until then is what
 everybody is told: it can be foretold, since nothing joins meanwhile; a door that opened for each
 place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
-is refused for it hears how long one that names no deadline would wait for its first token. If it
-would be missed without any queue too, trying again does not help, and that is said.
+is refused for it hears how long one that names no deadline would wait for its first token; where a
+mean rate says little, from rehearsals (rehearsing.py). If it would be missed without any queue too,
+trying again does not help, and that is said.
 """
 
 import msgspec
 
 from services.scheduler.core.books import Books
-from services.scheduler.core.predict import Prediction, drained_s, predict, predicted_wait_s
+from services.scheduler.core.predict import (
+    Prediction,
+    drained_s,
+    newcomer_of,
+    predict,
+    predicted_wait_s,
+)
+from services.scheduler.core.rehearsing import note_comer, rehearsed_start_s, start_within_s
 from shared import tokens
 from shared.messages import Rejected, RequestSpec
 
@@ -24,11 +32,22 @@ def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | Non
     prediction = predict(books, spec, now)
     answer = _never(books, spec)
     if answer is None:
+        _note(books, spec, prediction, now)
         answer = _full(books, spec, prediction, now) or _too_late(books, spec, prediction, now)
         if answer is not None:
             expected = {"start_s": prediction.start_s, "finish_s": prediction.finish_s}
             answer = msgspec.structs.replace(answer, **expected)
     return answer, prediction
+
+
+def _note(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> None:
+    """Who came is remembered for rehearsals, once anybody has named a deadline."""
+    comers = books.comers
+    names = spec.ttft_deadline_ms is not None or spec.deadline_ms is not None
+    comers.wanted = comers.wanted or (names and books.leased)
+    if comers.wanted:
+        within_s = start_within_s(books, spec, prediction)
+        note_comer(books, newcomer_of(books, spec, now), within_s, now)
 
 
 def _never(books: Books, spec: RequestSpec) -> Rejected | None:
@@ -101,7 +120,8 @@ def _too_late(
 def _patient_s(books: Books, spec: RequestSpec, now: float) -> float:
     """Its start, if it were in no hurry: a deadline moves it up, and behind all once it is late."""
     patient = msgspec.structs.replace(spec, ttft_deadline_ms=None, deadline_ms=None)
-    return predict(books, patient, now).start_s
+    start_s = rehearsed_start_s(books, newcomer_of(books, patient, now), now)
+    return predict(books, patient, now).start_s if start_s is None else start_s
 
 
 def advice(books: Books) -> str:

@@ -239,6 +239,11 @@ class Fair:
         """Tenants that wait here."""
         return len(self._tenants)
 
+    @property
+    def only_tenant(self) -> Tenant | None:
+        """The requests of the one tenant that waits here; None: there are several."""
+        return next(iter(self._tenants.values())) if len(self._tenants) == 1 else None
+
     def _by_turns(self, lanes: Mapping[str, Sequence[Request]]) -> list[Request]:
         turns: list[tuple[bool, float, int, int]] = []
         requests: list[Request] = []

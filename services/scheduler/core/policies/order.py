@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from services.scheduler.core.policies.ranks import Turn
 from services.scheduler.core.state import Request
 
 Order = Callable[[Request], int]
@@ -37,6 +38,13 @@ class Queue(Protocol):
     def ahead_tokens(self, request: Request, now: float) -> float | None:
         """Input of those of its priority that are served before this newcomer, which is not in it,
         if nobody else comes; None: of all that wait."""
+
+    def turn_of(self, request: Request, now: float) -> Turn | None:
+        """Where this newcomer, which is not in it, would stand, as long as one tenant waits; its
+        key counts from now. None: that cannot be told."""
+
+    def turns(self, most: int, now: float) -> list[tuple[Turn, Request]] | None:
+        """Where all stand, in order; None: that cannot be told, or they are more than so many."""
 
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         """Service that a request has been given, here or after it left. Only `fair` keeps

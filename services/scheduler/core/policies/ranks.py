@@ -13,6 +13,8 @@ from services.scheduler.core.state import Request
 
 Rank = tuple[int, bool, bool]
 """(priority, not a victim, late): the least is served first. Only `volume` looks at lateness."""
+Turn = tuple[Rank, float]
+"""A place in an order: the rank, and in it the least key first."""
 
 
 def _latest_victim_first(request: Request) -> Key:
@@ -68,6 +70,14 @@ class Ranked:
 
     def ahead_tokens(self, request: Request, now: float) -> float | None:
         """All of its priority."""
+        return None
+
+    def turn_of(self, request: Request, now: float) -> Turn | None:
+        """Not told."""
+        return None
+
+    def turns(self, most: int, now: float) -> list[tuple[Turn, Request]] | None:
+        """Not told."""
         return None
 
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from services.scheduler.core.policies.estimates import Estimates
 from services.scheduler.core.policies.fair import Accounts, Fair, Tenant, stand_behind
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Key, Lane, waiting_since
-from services.scheduler.core.policies.ranks import Rank, Ranked
+from services.scheduler.core.policies.ranks import Rank, Ranked, Turn
 from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 
@@ -80,6 +80,10 @@ class Listed:
     def _lets_pass(self, waiting: Request, newcomer: Request) -> bool:
         overtaken = 0 < waiting.overtaken < self._overtaken_max
         return overtaken and waiting.input_tokens > newcomer.input_tokens
+
+    def dues(self) -> list[tuple[float, Request]]:
+        """All of them, in order."""
+        return [(entry[0][0], entry[3]) for entry in self._entries]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -152,6 +156,26 @@ class StandingQueue(Ranked):
         first = sum(r.input_tokens for r in victims.ordered(now)) if victims is not None else 0
         own = lane.ahead_tokens(request, _ahead_in) if isinstance(lane, Fair) else 0.0
         return first + own
+
+    def turn_of(self, request: Request, now: float) -> Turn | None:
+        """By when it is due."""
+        return self._rank(request, now), self._due(request) - now
+
+    def turns(self, most: int, now: float) -> list[tuple[Turn, Request]] | None:
+        """Of one tenant; nothing changes."""
+        if len(self) > most:
+            return None
+        found: list[tuple[Turn, Request]] = []
+        for rank in self._ranks:
+            lane = self._lanes[rank]
+            if not isinstance(lane, Fair):
+                found += [((rank, 0.0), request) for request in lane.ordered(now)]
+                continue
+            tenant = lane.only_tenant
+            if not isinstance(tenant, Listed):
+                return None
+            found += [((rank, due - now), request) for due, request in tenant.dues()]
+        return found
 
     def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
         self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
