@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from services.scheduler.core.policies.backfill import deepest, looked_at
 from services.scheduler.core.policies.chance import ChanceGate, Margin, Moments
 from services.scheduler.core.policies.lengths import LengthModel, prepare_lengths
 from services.scheduler.core.policies.members import Columns, Member, View
 from services.scheduler.core.policies.survival import kind_of
 from services.scheduler.core.policies.victims import gains
+from services.scheduler.core.presets import TRANCHE
 from services.scheduler.core.settings import Constants
 from sim.memory_only import (
     CAP_TOKENS,
@@ -35,6 +37,8 @@ from sim.memory_only import (
 )
 
 CHANCE = replace(QUIRKS, backfill_max=15, chance_target=0.03)
+PRESET = replace(CHANCE, chance_return_less=float(TRANCHE["chance_return_less"]))
+"""With all of `tranche` that plays a part here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def simulate_chance(
     progress: Progress = lambda done, total: None,
 ) -> ChanceTally:
     """Run over the requests of `source`, in their order; `predicted`: output that was predicted for
-    each. Nothing is drawn."""
+    each, none 0. Nothing is drawn."""
     run = ChanceRun(source, rules, constants, capacity_tokens, predicted)
     while not run.exhausted:
         run.ten_steps()
@@ -240,14 +244,15 @@ class ChanceRun(Run):
         """Who may be tried: the head and so many behind it, none behind one that has been
         overtaken too often."""
         found: list[_Entry] = []
-        while len(found) <= self._constants.backfill_max:
+        while len(found) < deepest(self._constants.backfill_max):
             entry = self._next(len(found))
             if entry is None:
                 break
             found.append(entry)
             if entry.overtaken >= self._constants.overtaken_max:
                 break
-        return found
+        predicted = [entry.predicted for entry in found]
+        return found[: looked_at(predicted, self._constants.backfill_max)]
 
     def _first_admitted(
         self, gate: ChanceGate, window: Sequence[_Entry], since: int, alone: bool

@@ -6,7 +6,7 @@ order of ShareGPT-o1 (seed 0: the file's), where in a longer file to begin, and 
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,8 +37,21 @@ class MemorySet:
 
     def first(self, count: int) -> "MemorySet":
         """Shorter."""
-        told = self.predicted[:count] if self.predicted is not None else None
-        return MemorySet(self.requests[:count], self.capacity_tokens, told)
+        return self._of(range(min(count, len(self.requests))))
+
+    def long(self, count: int, seed: int) -> "MemorySet":
+        """As long as wanted: after its end it begins again, each time in another order."""
+        rng, size = np.random.default_rng((seed, 78)), len(self.requests)
+        places = list(range(min(count, size)))
+        while len(places) < count:
+            places += rng.permutation(size)[: count - len(places)].tolist()
+        return self._of(places)
+
+    def _of(self, places: Sequence[int]) -> "MemorySet":
+        requests = [self.requests[place] for place in places]
+        told = self.predicted
+        told = [told[place] for place in places] if told is not None else None
+        return MemorySet(requests, self.capacity_tokens, told)
 
 
 def memory_set(name: str, seed: int) -> MemorySet:

@@ -19,13 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.scheduler.core.presets import TRANCHE
 from sim.foretold import Point, at_steps
-from sim.memory_chance import CHANCE, Rules, simulate_chance
+from sim.memory_chance import PRESET, Rules, simulate_chance
 from sim.memory_only import QUIRKS, simulate
 from sim.memory_sets import MEMORY_SETS, memory_set
 
-PRESET = replace(CHANCE, chance_return_less=float(TRANCHE["chance_return_less"]))
 OURS, CREDITS, BASE = "tranche", "tranche, credits", "past-future 3 %"
 LEASE_TOKENS = {OURS: 0, CREDITS: 16}
 RESERVES = {BASE: 0.03, "past-future 5 %": 0.05, "past-future 8 %": 0.08, "past-future 12 %": 0.12}
@@ -158,7 +156,7 @@ def missed(found: Sequence[Remembered]) -> list[str]:
 
 def table(found: list[Remembered]) -> Table:
     """Means over seeds and their spread."""
-    shown = Table(title=f"Memory only, target {CHANCE.chance_target:.0%}")
+    shown = Table(title=f"Memory only, target {PRESET.chance_target:.0%}")
     for name in ("lengths", "variant", "seeds", "steps / oracle", "evicted", "p99 stall"):
         shown.add_column(name, justify="left" if name in ("lengths", "variant") else "right")
     for pair in dict.fromkeys((one.lengths, one.variant) for one in found):

@@ -13,6 +13,7 @@ import numpy as np
 from services.scheduler.core import making_room, moves, moving, reasons
 from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
+from services.scheduler.core.policies.backfill import deepest, looked_at
 from services.scheduler.core.policies.balancing import BALANCERS
 from services.scheduler.core.policies.future import Future
 from services.scheduler.core.policies.gates import GATES, SURE_SHARE
@@ -188,14 +189,17 @@ def _fill_up(books: Books, round_: Round) -> None:
     passed: list[Request] = []
     crowd: frozenset[str] = frozenset()
     enough = False
-    few = books.lines.central.first(1 + constants.backfill_max, round_.now)
+    few = books.lines.central.first(deepest(constants.backfill_max), round_.now)
+    predicted = [request.predicted_tokens for request in few]
+    del few[looked_at(predicted, constants.backfill_max) :]
     fitting = _fitting(books, few, round_.now)
     for number, request in enumerate(few):
         if not passed:
             crowd = NOBODY if request.spec.tenant in round_.crowd else round_.crowd
         elif request.spec.tenant in crowd:
             continue
-        may = passed and number in fitting and round_.tests_left > 0
+        near = number <= constants.backfill_max or predicted[number] > 0
+        may = passed and near and number in fitting and round_.tests_left > 0
         if may and _admit_somewhere(books, request, round_):
             for other in passed:
                 other.overtaken += 1

@@ -59,7 +59,8 @@ class Constants:
     """Until then [T]."""
     backfill_max: int = 0
     """Requests behind a refused head that are tried in its stead; 0: nobody overtakes it. 15 were
-    worth about one step in a hundred, in the memory-only experiment [T]."""
+    worth about one step in a hundred, in the memory-only experiment [T]. Twice as far back if their
+    output was predicted."""
     overtaken_max: int = 32
     """How often a refused request may be overtaken so; then nobody behind it is tried [T]."""
     prefix_affinity: bool = True
