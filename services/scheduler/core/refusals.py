@@ -20,7 +20,12 @@ from services.scheduler.core.predict import (
     predict,
     predicted_wait_s,
 )
-from services.scheduler.core.rehearsing import note_comer, rehearsed_start_s, start_within_s
+from services.scheduler.core.rehearsing import (
+    blended_s,
+    note_comer,
+    rehearsed_start_s,
+    start_within_s,
+)
 from shared import tokens
 from shared.messages import Rejected, RequestSpec
 
@@ -120,8 +125,9 @@ def _too_late(
 def _patient_s(books: Books, spec: RequestSpec, now: float) -> float:
     """Its start, if it were in no hurry: a deadline moves it up, and behind all once it is late."""
     patient = msgspec.structs.replace(spec, ttft_deadline_ms=None, deadline_ms=None)
-    start_s = rehearsed_start_s(books, newcomer_of(books, patient, now), now)
-    return predict(books, patient, now).start_s if start_s is None else start_s
+    by_rate_s = predict(books, patient, now).start_s
+    rehearsed_s = rehearsed_start_s(books, newcomer_of(books, patient, now), now)
+    return by_rate_s if rehearsed_s is None else blended_s(rehearsed_s, by_rate_s)
 
 
 def advice(books: Books) -> str:
