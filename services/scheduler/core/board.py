@@ -201,6 +201,11 @@ class Board:
         if place is not None:
             self.refused[place] = np.inf
 
+    def holds_most(self) -> float:
+        """The most tokens of one request that any worker can serve."""
+        self.written()
+        return float(self.holds.max(initial=0.0))
+
     def able(self, now: float) -> IntArray:
         """Places of workers that may be given orders now."""
         self.written()

@@ -49,6 +49,7 @@ def take_report(
     if request.output_tokens > request.until:
         worker.credit.extend(request, request.output_tokens)  # it knows of a longer lease than we
     books.lines.charge(request, worker, 0, made)
+    books.shares.count(request)
     books.touch(worker)
     if result.finish_reason is not None and result.finish_reason != "cancelled":
         moves.finish(books, request, result.finish_reason, request.output_tokens, now)

@@ -10,7 +10,7 @@ wake-up.
 
 import numpy as np
 
-from services.scheduler.core import making_room, moves, moving, reasons
+from services.scheduler.core import leads, making_room, moves, moving, reasons
 from services.scheduler.core.board import IntArray
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.backfill import deepest, looked_at
@@ -18,10 +18,11 @@ from services.scheduler.core.policies.balancing import BALANCERS
 from services.scheduler.core.policies.future import Future
 from services.scheduler.core.policies.gates import GATES, SURE_SHARE
 from services.scheduler.core.policies.homes import Keys, keys_of
-from services.scheduler.core.policies.members import Member, View, columns
+from services.scheduler.core.policies.members import columns
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.renewing import Round, margin_tokens, remind, renew
-from services.scheduler.core.state import Request, State
+from services.scheduler.core.state import Request
+from services.scheduler.core.views import member, view
 from services.scheduler.core.workers import Worker
 from services.scheduler.core.yielding import (
     NOBODY,
@@ -40,6 +41,7 @@ def lease_round(books: Books, now: float) -> None:
     """Renew, park and admit wherever something changed since the last round."""
     round_ = Round(now, tests_left=books.constants.gate_tests_max)
     _rested(books, now)
+    leads.look(books, now)
     touched, books.touched = books.touched, {}
     remind(books, round_)
     workers = [w for w in map(books.workers.active.get, touched) if w is not None]
@@ -73,8 +75,7 @@ def _rested(books: Books, now: float) -> None:
 
 def _foresee(books: Books, worker: Worker) -> None:
     """The gauges of balancers that look into a worker's future."""
-    view = _view(books, worker)
-    members = columns(view.members)
+    members = columns(view(books, worker).members)
     left = books.lengths.expected_remaining_all(members.made, members.cap)
     peak = Future(members.prompt + members.made, left.astype(np.int64)[None, :]).peak()
     pace, credit = books.pace, worker.credit
@@ -87,13 +88,13 @@ def _next_round_at(books: Books, round_: Round) -> float | None:
     """When a round is due although nothing happens: the rest of a long one, or a rest's end."""
     if round_.tests_left <= 0:
         return round_.now + books.constants.round_rest_s
-    if not books.requests.pool:
-        return None
-    at, cap = books.board.rested_at(round_.now), books.constants.bind_backlog_tokens
-    if not cap or not books.constants.bind_backlog_estimated:
-        return at
-    runs_out = books.board.runs_short_at(cap, round_.now)
-    return min((t for t in (at, runs_out) if t is not None), default=None)
+    ats = [leads.next_look_at(books)]
+    if books.requests.pool:
+        ats.append(books.board.rested_at(round_.now))
+        cap = books.constants.bind_backlog_tokens
+        if cap and books.constants.bind_backlog_estimated:
+            ats.append(books.board.runs_short_at(cap, round_.now))
+    return min((at for at in ats if at is not None), default=None)
 
 
 # ------------------------------------------------------------------------------------ admission
@@ -166,20 +167,34 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
     """Late binding: the head of the one line to the best worker that admits it, until there is a
     head that nobody admits."""
     line = books.lines.central
-    crowd = round_.crowd = crowd_of(books, round_.now)
+    round_.crowd = crowd_of(books, round_.now)
     while round_.tests_left > 0:
         request = line.head(round_.now)
         if request is None:
             return
+        if not leads.may_join(books, request, _first_lease(books, request)):
+            round_.tests_left -= 1
+            reasons.waits(request, "turn")
+            if leads.put_off(books, request, round_.now):
+                continue
+            break
         if not _admit_somewhere(books, request, round_):
             if request.waits_for != "memory":
                 room = _room_for(books, request, round_.now)
                 reasons.waits(request, books.board.hindrance(*room))
-            if request.spec.tenant not in crowd and request.waits_for in ("memory", "room"):
-                make_way(books, request, crowd, round_.now)
+            _make_way(books, request, round_)
             break
     if books.constants.backfill_max and round_.tests_left > 0:
         _fill_up(books, round_)
+
+
+def _make_way(books: Books, head: Request, round_: Round) -> None:
+    """Somebody is parked for a head: of those who had to stop, then of those who crowd it out."""
+    if head.waits_for in ("memory", "room", "places") and leads.make_way(books, head, round_.now):
+        return
+    if head.spec.tenant not in round_.crowd and head.waits_for in ("memory", "room"):
+        owed = (name for name in round_.crowd if leads.behind(books, name, head.spec.tenant))
+        make_way(books, head, round_.crowd.difference(owed), round_.now)
 
 
 def _fill_up(books: Books, round_: Round) -> None:
@@ -200,6 +215,9 @@ def _fill_up(books: Books, round_: Round) -> None:
             continue
         near = number <= constants.backfill_max or predicted[number] > 0
         may = passed and near and number in fitting and round_.tests_left > 0
+        may = may and leads.may_join(
+            books, request, _first_lease(books, request), leads.OVERTAKING_SHARE
+        )
         if may and _admit_somewhere(books, request, round_):
             for other in passed:
                 other.overtaken += 1
@@ -223,7 +241,8 @@ def _fitting(books: Books, requests: list[Request], now: float) -> set[int]:
 def _admit_somewhere(books: Books, request: Request, round_: Round) -> bool:
     board, reserve = books.board, 0
     eligible = board.with_room(*_room_for(books, request, round_.now))
-    if request.spec.tenant in round_.crowd and not request.evicted_at:  # who was evicted goes on
+    held_back = request.spec.tenant in round_.crowd and not request.evicted_at
+    if held_back and not leads.owed(books, request.spec.tenant):  # who was evicted goes on
         spare, idle = spare_workers(books, round_.crowd), board.gauges.backlog == 0
         if idle.sum() < spare:
             return False
@@ -303,8 +322,8 @@ def _admits(
     gates = round_.strict if reserve else round_.gates
     gate = gates.get(name)
     if gate is None:
-        gate = gates[name] = GATES[books.preset.admission](_view(books, worker, reserve))
-    if not gate.admits(_member(books, request, request.output_tokens)):
+        gate = gates[name] = GATES[books.preset.admission](view(books, worker, reserve))
+    if not gate.admits(member(books, request, request.output_tokens)):
         reasons.waits(request, "memory", gate)
         return False
     reasons.admitted(request, "gate", gate)
@@ -320,32 +339,6 @@ def _surely_fits(books: Books, worker: Worker, request: Request, reserve: int) -
     return worst < share * credit.capacity_blocks(worker.memory.kv_tokens_capacity - reserve)
 
 
-def _view(books: Books, worker: Worker, reserve: int = 0) -> View:
-    running = [r for r in worker.credit.leases.values() if r.state is State.PLACED]
-    return View(
-        capacity_tokens=worker.memory.kv_tokens_capacity - reserve,
-        block_tokens=worker.credit.block_tokens,
-        members=[_member(books, request, request.until) for request in running],
-        lengths=books.lengths,
-        constants=books.constants,
-        draws=books.draws,
-        margin_z=books.margin.z,
-    )
-
-
-def _member(books: Books, request: Request, made: int) -> Member:
-    """With `made` tokens, those that its lease covers among them."""
-    return Member(
-        prompt_tokens=request.prompt_tokens,
-        made=made,
-        cap=request.spec.max_tokens,
-        true_output=books.truth(request.request_id) if books.truth else 0,
-        leased=made - request.output_tokens,
-        predicted=request.predicted_tokens,
-        returning=request.evicted_at > 0,
-    )
-
-
 def _place(books: Books, worker: Worker, request: Request, round_: Round) -> None:
     """It joins: an attempt, a first lease, an order."""
     out, now = round_.to(worker), round_.now
@@ -358,13 +351,15 @@ def _place(books: Books, worker: Worker, request: Request, round_: Round) -> Non
     for gates in (round_.gates, round_.strict):
         gate = gates.get(worker.info.worker)
         if gate is not None:
-            gate.add(_member(books, request, until))
-    why = reasons.why(request, worker.info.worker)
+            gate.add(member(books, request, until))
+    why, unpaid = reasons.why(request, worker.info.worker), leads.unpaid_tokens(request)
     moves.place(books, request, worker.info.worker, out.batch_id, now)
     request.heard_at, request.evicted_at, request.overtaken, request.left = now, 0.0, 0, ""
     _settle(books, worker, request)
     worker.credit.take(request, until, now)
-    books.lines.charge(request, worker, request.input_tokens, 0)
+    books.shares.prompt_max = max(books.shares.prompt_max, unpaid)
+    books.shares.count(request)
+    books.lines.charge(request, worker, unpaid, 0)
     books.board.update(worker)
     out.orders.append(
         SliceOrder(

@@ -28,12 +28,16 @@ def _move(
         books.shares.gave_back(request.spec.tenant)
     if request.state is State.WAITING:
         reasons.begins_to_wait(request, cause, now)
+    if before is State.PLACED:
+        books.shares.goes_on(request)
     if before is State.PARKING and request.state is not State.PARKING:
         books.parking.pop(request.request_id, None)
         request.parked_for = ""
     if before in HELD and request.state not in HELD and worker is not None:
         worker.credit.release(request, now, parking=before is State.PARKING)
         books.touch(worker)
+    if before in HELD and request.state not in HELD:
+        books.shares.count(request)
     if request.state is State.WAITING and not request.paused:
         _into_line(books, request, now)
         books.waits.joined(request, now, workers=books.board.taking)
@@ -57,6 +61,8 @@ def _into_line(books: Books, request: Request, now: float) -> None:
     if worker is not None and worker.draining:
         worker = None
     books.lines.push(request, worker, now)
+    if books.lines.central.waiting_tenants.get(request.spec.tenant) == 1:
+        books.shares.begins_to_wait(request.spec.tenant)
     if worker is not None:
         books.touch(worker)
 

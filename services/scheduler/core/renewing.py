@@ -1,13 +1,14 @@
 """Renewals: who goes on, and who has to stop.
 
 Renewal is the rule: whoever has little left of its lease gets the next one, in the order of
-admission, as long as blocks are free. Where none are, the preset's victim is parked: its lease
-ends, its blocks come back with the worker's answer, and it waits again, first in its line.
+admission, as long as blocks are free, and its tenant is not too far ahead of others (leads.py).
+Where no blocks are, one of those who are, or else the preset's victim, is parked: its lease ends,
+its blocks come back with the worker's answer, and it waits again, first in its line.
 """
 
 from dataclasses import dataclass, field
 
-from services.scheduler.core import moves
+from services.scheduler.core import leads, moves
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.gates import Gate
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
@@ -65,7 +66,10 @@ def renew(books: Books, worker: Worker, round_: Round) -> None:
         wanted = credit.rounded(request, wanted)
         until = _affordable(worker, request, wanted, capacity)
         if until > request.until:
-            _grant(worker, request, until, round_)
+            if leads.may_go_on(books, request, until):
+                _grant(books, worker, request, until, round_)
+            else:
+                credit.wanting.pop(request.request_id, None)
         elif request.until <= max(request.output_tokens, request.listed):
             _make_room(books, worker, round_.now)
             return
@@ -99,8 +103,10 @@ def _affordable(worker: Worker, request: Request, wanted: int, capacity: int) ->
     return min(wanted, slots - request.prompt_tokens + 1)
 
 
-def _grant(worker: Worker, request: Request, until: int, round_: Round) -> None:
+def _grant(books: Books, worker: Worker, request: Request, until: int, round_: Round) -> None:
     worker.credit.extend(request, until)
+    books.shares.count(request)
+    books.shares.goes_on(request)
     renewal = Renewal(request_id=request.request_id, attempt=request.attempt, until=until)
     round_.to(worker).renewals.append(renewal)
 
@@ -108,8 +114,14 @@ def _grant(worker: Worker, request: Request, until: int, round_: Round) -> None:
 def _make_room(books: Books, worker: Worker, now: float) -> None:
     """Park somebody, unless blocks are coming back already; the others wait for them."""
     credit = worker.credit
+    if credit.parking_blocks > 0:
+        return
+    resting = leads.resting_on(books, worker)
+    if resting:
+        leads.park(books, books.victim_of(resting), now)
+        return
     running = [r for r in credit.leases.values() if r.state is State.PLACED]
-    if running and credit.parking_blocks <= 0:
+    if running:
         victim = books.victim_of(running)
         moves.park(books, victim, now)
 

@@ -208,6 +208,10 @@ class Constants:
     proportion, since each look takes as long. With 0.1 the others wait 3 % longer (p99) [T]."""
     yields_max: int = 3
     """How often one request makes way so [T]."""
+    lead_prompts: float = 0.0
+    """`fair` and `volume`, late binding: no lease for a tenant that is ahead of another, which
+    waits, by more than so many of the largest prompt and a lease for each request that it has
+    running; 0: however far [T]."""
     larry_boost: float = 1.0
     """`larry`: beta per waiting request; 0 is first come, first served [T]. With 1, a queue of
     prefills at 0.97 load waits 0.55x as long as that on average, HRRN 0.56x, p99 alike (one server,

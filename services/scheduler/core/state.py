@@ -130,6 +130,8 @@ class Request:
     listed: int = 0
     """Leased: how far its worker said that it has come, when that was more than the tokens we have:
     a new leader learns of a lease that is used up before it learns the tokens."""
+    leased_tokens: int = 0
+    """Leased: what its lease still covers, as its tenant's share counts it."""
     blocks: int = 0
     """Leased: KV blocks of its worker that its lease reserves."""
     backlog_tokens: int = 0

@@ -80,6 +80,7 @@ def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, n
     made = max(claim.position, request.output_tokens)
     reach = claim.until or made + books.constants.slice_tokens + margin_tokens(books)
     worker.credit.take(request, min(max(made, reach), request.spec.max_tokens), now)
+    books.shares.count(request)
     request.listed = made
     if claim.position > 0:
         worker.credit.prefilled(request, now)

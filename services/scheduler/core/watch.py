@@ -98,7 +98,7 @@ def _leases(books: Books, worker: Worker, now: float) -> None:
     constants = books.constants
     token_s = constants.overdue_factor * books.pace.token_s
     for request in list(worker.credit.leases.values()):
-        paused = request.request_id in worker.credit.wanting
+        paused = request.request_id in worker.credit.wanting or books.shares.is_resting(request)
         silent_s = now - max(request.heard_at, request.since)
         # Of a lease to the end nothing is heard but its end.
         left = request.until - request.output_tokens

@@ -9,72 +9,26 @@ tenant that was last to leave the queue [M: the algorithm in VTC's paper]. Insid
 come, first served. Tenants are charged over all priorities, but priorities come first.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from heapq import heapify, heappop, heappush, heapreplace, merge
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 from itertools import islice
 from typing import Protocol
 
-from services.scheduler.core.policies.lanes import GARBAGE_MIN, Lane, Sorted
-from services.scheduler.core.policies.ranks import Ranked
+from services.scheduler.core.policies.lanes import Lane, Sorted
+from services.scheduler.core.policies.ranks import Claim, Ranked
+from services.scheduler.core.policies.rising import Key, Rising
 from services.scheduler.core.settings import Constants, weights_of
 from services.scheduler.core.state import Request
 
 ACCOUNTS_MAX = 8192
 """Counters kept. Beyond, half of the tenants that have nothing waiting are forgotten, the least
 served first: they are the ones that a return would lift in any case."""
-Key = tuple[bool, float, int]
 
 
-class Rising:
-    """The name with the least key, where keys rise unnoticed and a fall is told by `post`.
-
-    A heap whose entries may be out of date: one that comes up is compared with the key of now and
-    goes back if that is larger. O(log n) per rise of a key, and only if it matters.
-    """
-
-    def __init__(self, key: Callable[[str], Key]) -> None:
-        self._key = key
-        self._posted: dict[str, tuple[Key, int, str]] = {}
-        self._heap: list[tuple[Key, int, str]] = []
-        self._posts = 0
-
-    def post(self, name: str) -> None:
-        """It is new, or its key has fallen."""
-        heappush(self._heap, self._entry(name))
-        if len(self._heap) > 2 * len(self._posted) + GARBAGE_MIN:
-            self._heap = list(self._posted.values())
-            heapify(self._heap)
-
-    def drop(self, name: str) -> None:
-        self._posted.pop(name, None)
-
-    def least(self) -> str | None:
-        while self._heap:
-            entry = self._heap[0]
-            name = entry[2]
-            if self._posted.get(name) is not entry:
-                heappop(self._heap)
-            elif self._key(name) != entry[0]:
-                heapreplace(self._heap, self._entry(name))
-            else:
-                return name
-        return None
-
-    def leasts(self, count: int) -> list[str]:
-        """The names with the least keys, as many as there are up to `count`."""
-        found: list[str] = []
-        while len(found) < count and (name := self.least()) is not None:
-            found.append(name)
-            self.drop(name)
-        for name in found:
-            self.post(name)
-        return found
-
-    def _entry(self, name: str) -> tuple[Key, int, str]:
-        self._posts += 1
-        entry = (self._key(name), self._posts, name)
-        self._posted[name] = entry
-        return entry
+LEAD_KEPT = 0.5
+"""With `lead_prompts`: who begins to wait is at most so many of the largest prompt ahead. With
+none a tenant that never waits for long would owe nothing to one that always does; with 1, two long
+prompts in a row would make it stand behind a flood [T]."""
 
 
 class Accounts:
@@ -86,10 +40,14 @@ class Accounts:
         self._weights = weights_of(constants.tenant_weights)
         self._given: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
-        self._least = Rising(lambda tenant: (False, self.given(tenant), 0))
+        self._least = Rising(lambda tenant: (0, self.given(tenant), 0))
         self._last = ""
+        self._kept = LEAD_KEPT if constants.lead_prompts else float("inf")
+        self.prompt_max = 0
         self.behind: frozenset[str] = frozenset()
-        """Tenants whose turn comes after everybody else's."""
+        """Tenants whose turn comes after everybody else's,"""
+        self.put_off: set[str] = set()
+        """and after theirs (leads.py)."""
 
     def given(self, tenant: str) -> float:
         return self._given.get(tenant, 0.0)
@@ -97,6 +55,14 @@ class Accounts:
     def weight(self, tenant: str) -> float:
         """Its share beside others': a tenant of weight 2 is given twice as much."""
         return self._weights.get(tenant, 1.0)
+
+    def row(self, tenant: str) -> int:
+        """The least has its turn first, whatever it was given."""
+        return 2 if tenant in self.put_off else int(tenant in self.behind)
+
+    def least(self) -> str | None:
+        """Of those who wait, the tenant that was given least."""
+        return self._least.least()
 
     @property
     def waiting(self) -> Mapping[str, int]:
@@ -109,6 +75,7 @@ class Accounts:
     def charge(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> None:
         price = self.price(prefill_tokens, decode_tokens) / self.weight(tenant)
         self._given[tenant] = self.given(tenant) + price
+        self.prompt_max = max(self.prompt_max, prefill_tokens)
         self._forget()
 
     def enter(self, tenant: str) -> None:
@@ -118,7 +85,8 @@ class Accounts:
             return
         least = self._least.least()
         floor = self.given(self._last if least is None else least)
-        self._given[tenant] = max(self.given(tenant), floor)
+        most = floor + self._kept * (1 + self.price(self.prompt_max, 0)) / self.weight(tenant)
+        self._given[tenant] = min(max(self.given(tenant), floor), most)
         self._least.post(tenant)
         self._forget()
 
@@ -189,6 +157,11 @@ class Fair:
         tenant = self._least.least()
         return None if tenant is None else self._tenants[tenant].head(now)
 
+    def head_of(self, tenant: str) -> Request | None:
+        """The first of this tenant's."""
+        lane = self._tenants.get(tenant)
+        return None if lane is None else lane.head(0.0)
+
     def ordered(self, now: float) -> list[Request]:
         """As if each were charged its input when its turn comes: a request comes when its tenant
         has been given what those before it will be."""
@@ -206,12 +179,12 @@ class Fair:
 
     def _turns(
         self, tenant: str, lane: Sequence[Request]
-    ) -> Iterator[tuple[bool, float, int, Request]]:
+    ) -> Iterator[tuple[int, float, int, Request]]:
         """When each one's turn comes; numbers are all different."""
         given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
-        behind = tenant in self._accounts.behind
+        row = self._accounts.row(tenant)
         for request in lane:
-            yield behind, given, request.number, request
+            yield row, given, request.number, request
             given += self._accounts.price(request.input_tokens, 0) / weight
 
     def ahead_tokens(
@@ -245,13 +218,13 @@ class Fair:
         return next(iter(self._tenants.values())) if len(self._tenants) == 1 else None
 
     def _by_turns(self, lanes: Mapping[str, Sequence[Request]]) -> list[Request]:
-        turns: list[tuple[bool, float, int, int]] = []
+        turns: list[tuple[int, float, int, int]] = []
         requests: list[Request] = []
         for tenant, lane in lanes.items():
             given, weight = self._accounts.given(tenant), self._accounts.weight(tenant)
-            behind = tenant in self._accounts.behind
+            row = self._accounts.row(tenant)
             for request in lane:
-                turns.append((behind, given, request.number, len(requests)))
+                turns.append((row, given, request.number, len(requests)))
                 requests.append(request)
                 given += self._accounts.price(request.input_tokens, 0) / weight
         return [requests[index] for *_, index in sorted(turns)]
@@ -262,24 +235,15 @@ class Fair:
     def _key(self, tenant: str) -> Key:
         head = self._tenants[tenant].head(0.0)
         assert head is not None, tenant
-        return tenant in self._accounts.behind, self._accounts.given(tenant), head.number
+        return self._accounts.row(tenant), self._accounts.given(tenant), head.number
 
 
-def stand_behind(accounts: Accounts, lanes: Iterable[Lane], crowd: frozenset[str]) -> None:
-    """These tenants come after all others in each of the lanes; those before them do not."""
-    gone = accounts.behind - crowd
-    accounts.behind = crowd
-    for lane in lanes if gone else ():
-        if isinstance(lane, Fair):
-            lane.again(gone)
-
-
-class FairQueue(Ranked):
+class Accounted(Ranked):
     """A queue that keeps accounts of its tenants."""
 
-    def __init__(self, constants: Constants) -> None:
-        self._accounts = Accounts(constants)
-        super().__init__(self._lane, constants)
+    def __init__(self, lane: Callable[[Accounts], Lane], constants: Constants) -> None:
+        self._accounts = accounts = Accounts(constants)
+        super().__init__(lambda: lane(accounts), constants)
 
     def push(self, request: Request, now: float) -> None:
         waited = request in self
@@ -299,15 +263,61 @@ class FairQueue(Ranked):
     def given(self, tenant: str) -> float:
         return self._accounts.given(tenant)
 
+    def lead(self, tenant: str, other: str) -> float:
+        return self._accounts.given(tenant) - self._accounts.given(other)
+
+    def price(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> float:
+        weight = self._accounts.weight(tenant)
+        return self._accounts.price(prefill_tokens, decode_tokens) / weight
+
     @property
     def waiting_tenants(self) -> Mapping[str, int]:
         return self._accounts.waiting
 
-    def stand_behind(self, crowd: frozenset[str]) -> None:
-        stand_behind(self._accounts, self._lanes.values(), crowd)
-
     def weight(self, tenant: str) -> float:
         return self._accounts.weight(tenant)
 
-    def _lane(self) -> Lane:
-        return Fair(self._accounts)
+    def claim(self) -> Claim | None:
+        if not self._ranks:
+            return None
+        first, last = self._ranks[0], self._ranks[-1]
+        both = last[2] and (first[0], True, False) in self._lanes
+        if first[0] == last[0] and not both:
+            name = self._accounts.least()
+            lane = self._lanes.get(last)
+        else:
+            rank = first if first[1] else (first[0], True, False)
+            lane = self._lanes.get(rank)
+            found = lane.head(0.0) if lane is not None else None
+            name = None if found is None else found.spec.tenant
+        if name is None:
+            return None
+        return Claim(name, first[0], lane.head_of(name) if isinstance(lane, Fair) else None)
+
+    def stand_behind(self, crowd: frozenset[str]) -> None:
+        gone = self._accounts.behind - crowd
+        self._accounts.behind = crowd
+        self._again(gone)
+
+    def put_off(self, tenant: str) -> None:
+        self._accounts.put_off.add(tenant)
+
+    def let_in(self, tenants: Collection[str]) -> None:
+        self._accounts.put_off.difference_update(tenants)
+        self._again(tenants)
+
+    @property
+    def those_put_off(self) -> Collection[str]:
+        return self._accounts.put_off
+
+    def _again(self, tenants: Collection[str]) -> None:
+        for lane in self._lanes.values() if tenants else ():
+            if isinstance(lane, Fair):
+                lane.again(tenants)
+
+
+class FairQueue(Accounted):
+    """Tenants by virtual token counters, and nothing else."""
+
+    def __init__(self, constants: Constants) -> None:
+        super().__init__(Fair, constants)

@@ -3,10 +3,10 @@
 `ORDERS` are the ranks of the pool, `queues.QUEUES` the queues. Both serve lower `priority` first.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from services.scheduler.core.policies.ranks import Turn
+from services.scheduler.core.policies.ranks import Claim, Turn
 from services.scheduler.core.state import Request
 
 Order = Callable[[Request], int]
@@ -62,6 +62,26 @@ class Queue(Protocol):
 
     def weight(self, tenant: str) -> float:
         """Its share beside others'; 0 where nobody keeps accounts."""
+
+    def price(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> float:
+        """What so much service adds to what this tenant was given."""
+
+    def lead(self, tenant: str, other: str) -> float:
+        """How much more the one was given than the other since both wait; they do."""
+
+    def claim(self) -> Claim | None:
+        """The tenant that was given least of those who wait in the most urgent class; exact while
+        all are of one class. None: nobody waits there, or nobody keeps accounts."""
+
+    def put_off(self, tenant: str) -> None:
+        """Its turn comes after everybody else's of its priority, where accounts are kept."""
+
+    def let_in(self, tenants: Collection[str]) -> None:
+        """It does not any more."""
+
+    @property
+    def those_put_off(self) -> Collection[str]:
+        """Whose turn comes so."""
 
     def __len__(self) -> int: ...
 

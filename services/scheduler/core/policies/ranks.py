@@ -5,7 +5,8 @@ think of many priorities leave nothing behind.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from services.scheduler.core.policies.lanes import Key, Lane, Sorted
 from services.scheduler.core.settings import Constants
@@ -15,6 +16,15 @@ Rank = tuple[int, bool, bool]
 """(priority, not a victim, late): the least is served first. Only `volume` looks at lateness."""
 Turn = tuple[Rank, float]
 """A place in an order: the rank, and in it the least key first."""
+
+
+class Claim(NamedTuple):
+    """A tenant that waits and was given least of all that do, in the most urgent class."""
+
+    tenant: str
+    priority: int
+    head: Request | None
+    """Its next request; None: it came back from a worker without memory, and goes first."""
 
 
 def _latest_victim_first(request: Request) -> Key:
@@ -98,6 +108,29 @@ class Ranked:
     def weight(self, tenant: str) -> float:
         """Nobody keeps accounts."""
         return 0.0
+
+    def lead(self, tenant: str, other: str) -> float:
+        """Nobody keeps accounts."""
+        return 0.0
+
+    def price(self, tenant: str, prefill_tokens: int, decode_tokens: int) -> float:
+        """Nobody keeps accounts."""
+        return 0.0
+
+    def claim(self) -> Claim | None:
+        """Nobody keeps accounts."""
+        return None
+
+    def put_off(self, tenant: str) -> None:
+        """Its turn comes after all others', where accounts are kept."""
+
+    def let_in(self, tenants: Collection[str]) -> None:
+        """Not any more."""
+
+    @property
+    def those_put_off(self) -> Collection[str]:
+        """Whose turn comes after all others'."""
+        return ()
 
     def _rank(self, request: Request, now: float) -> Rank:
         victim = self._victims_first and request.evicted_at > 0

@@ -10,11 +10,11 @@ order. A deadline makes a request due when it has to start at the latest, if tha
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
 from services.scheduler.core.policies.estimates import Estimates
-from services.scheduler.core.policies.fair import Accounts, Fair, Tenant, stand_behind
+from services.scheduler.core.policies.fair import Accounted, Accounts, Fair, Tenant
 from services.scheduler.core.policies.lanes import GARBAGE_MIN, Key, Lane, waiting_since
 from services.scheduler.core.policies.ranks import Rank, Ranked, Turn
 from services.scheduler.core.settings import Constants
@@ -89,37 +89,30 @@ class Listed:
         return len(self._entries)
 
 
-class StandingQueue(Ranked):
-    """A queue that keeps accounts of its tenants, and puts off who is late."""
+class StandingQueue(Accounted):
+    """A queue that keeps accounts of its tenants, and ranks anew who is late."""
 
     def __init__(self, constants: Constants, estimates: Estimates) -> None:
         self._boost_s, self._constants = constants.volume_boost_s, constants
         self._estimates = estimates
-        self._accounts = Accounts(constants)
         self._timed: dict[str, tuple[float, Request]] = {}
         """Of those with a deadline that are not late: when they will be."""
         self._clock: list[tuple[float, str]] = []
         """The same as a heap, with entries that are over."""
-        super().__init__(self._lane, constants)
+        super().__init__(self._fair, constants)
 
     def push(self, request: Request, now: float) -> None:
-        waited = request in self
         latest = self._latest_start(request)
         self._timed.pop(request.request_id, None)
         if latest is not None and latest >= now:
             self._timed[request.request_id] = (latest, request)
             heappush(self._clock, (latest, request.request_id))
         super().push(request, now)
-        if not waited:
-            self._accounts.enter(request.spec.tenant)
         self._tidy(now)
 
     def remove(self, request: Request) -> None:
-        waited = request in self
         super().remove(request)
         self._timed.pop(request.request_id, None)
-        if waited:
-            self._accounts.leave(request.spec.tenant)
 
     def head(self, now: float) -> Request | None:
         while (request := super().head(now)) is not None:
@@ -177,22 +170,6 @@ class StandingQueue(Ranked):
             found += [((rank, due - now), request) for due, request in tenant.dues()]
         return found
 
-    def charge(self, request: Request, prefill_tokens: int, decode_tokens: int) -> None:
-        self._accounts.charge(request.spec.tenant, prefill_tokens, decode_tokens)
-
-    def given(self, tenant: str) -> float:
-        return self._accounts.given(tenant)
-
-    @property
-    def waiting_tenants(self) -> Mapping[str, int]:
-        return self._accounts.waiting
-
-    def stand_behind(self, crowd: frozenset[str]) -> None:
-        stand_behind(self._accounts, self._lanes.values(), crowd)
-
-    def weight(self, tenant: str) -> float:
-        return self._accounts.weight(tenant)
-
     def _tidy(self, now: float) -> None:
         """Put off a few that are late, so that a head need not do it for all at once."""
         for _ in range(TIDIED):
@@ -221,15 +198,16 @@ class StandingQueue(Ranked):
         latest = self._latest_start(request)
         return (priority, other, latest is not None and latest < now)
 
-    def _lane(self) -> Lane:
-        return Fair(self._accounts, self._tenant)
+    def _fair(self, accounts: Accounts) -> Lane:
+        return Fair(accounts, self._tenant)
 
     def _tenant(self) -> Tenant:
         return Listed(lambda request: (self._due(request),), self._constants)
 
     def _due(self, request: Request) -> float:
         latest = self._latest_start(request)
-        aged = waiting_since(request) + self._boost(request)
+        since = request.arrived_at if request.yields else waiting_since(request)
+        aged = since + self._boost(request)
         return aged if latest is None else min(aged, latest)
 
     def _boost(self, request: Request) -> float:
