@@ -1,7 +1,7 @@
 """A cell: one preset on one workload at one load and seed, and the figures that come of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import msgspec
@@ -36,6 +36,8 @@ class Cell:
     burst: float | None = None
     """Coefficient of variation of random gaps; None: the trace's own arrivals, or Poisson."""
     seed: int = 1
+    ttft_ms: int | None = None
+    """The limit to the first token that every request names; whoever would miss it is refused."""
 
     @property
     def key(self) -> str:
@@ -45,7 +47,8 @@ class Cell:
         answers = (row.order, row.admission, row.batching, row.offloading, row.pacing, row.victim)
         constants = {**row.constants, **self.constants}
         told = (self.workload, self.load, self.policy, self.requests, self.burst, self.seed)
-        return repr((*told, *answers, row.binding, sorted(constants.items())))
+        limit = () if self.ttft_ms is None else (self.ttft_ms,)
+        return repr((*told, *limit, *answers, row.binding, sorted(constants.items())))
 
     @property
     def label(self) -> str:
@@ -82,9 +85,10 @@ def measure(cell: Cell, progress: Callable[[int, int], None]) -> Figures:
         cell.workload, cell.load, cell.requests, cell.burst, cell.seed
     )
     row = SETS[cell.workload]
+    items = tuple(replace(item, ttft_deadline_ms=cell.ttft_ms) for item in workload.items)
     setup = Setup(
         policy=cell.policy,
-        workload=workload,
+        workload=replace(workload, items=items),
         profile=load_profile(PROFILE),
         workers=WORKERS,
         constants={**EQUAL, **cell.constants},

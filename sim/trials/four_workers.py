@@ -1,8 +1,9 @@
 """Four workers: `tranche` against one queue in order of arrival with Past-Future, 13B on A100.
 
 The survey note's set-up: Azure conversations steadily and in bursts, and a decode-heavy set below
-and above saturation. Loads are shares of the fluid bound; each seed has its own sample and
-arrivals, the same for every policy.
+and above saturation; and once more above it, where every request names a limit to its first token
+and who would miss it is refused, under any policy. Loads are shares of the fluid bound; each seed
+has its own sample and arrivals, the same for every policy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ class Case:
     load: float
     requests: int
     burst: float | None = None
+    ttft_ms: int | None = None
 
 
 CASES = (
@@ -33,6 +35,7 @@ CASES = (
     # Outputs are so long that memory fills only after a few thousand requests.
     Case("decode-heavy", "dec", 0.94, 6_000),
     Case("above saturation", "dec", 1.08, 6_000),
+    Case("refusing early", "dec", 1.08, 6_000, ttft_ms=2_000),  # as SLO has it
 )
 
 
@@ -99,6 +102,7 @@ def cell_of(case: Case, one: Contender, seed: int, changes: Mapping[str, Value])
         requests=case.requests,
         burst=case.burst,
         seed=seed,
+        ttft_ms=case.ttft_ms,
     )
 
 

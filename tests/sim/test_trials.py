@@ -1,6 +1,7 @@
 """Trials: presets compared on equal terms, kept in pieces, judged by what is written down."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_other_constants_are_another_cell() -> None:
     assert cell().key != cell(constants={"slice_tokens": 16}).key
     assert cell("past-future").key != cell("past-future", constants={"future_reserve": 0.03}).key
     assert cell().key == cell().key
+
+
+def test_with_a_limit_some_are_refused_and_more_come_in_time() -> None:
+    free = cell(load=4.0, requests=300)
+    limited = replace(free, ttft_ms=2_000)
+    assert limited.key != free.key
+    refusing, taking = (measure(one, lambda done, total: None) for one in (limited, free))
+    assert refusing.completed < taking.completed == 1.0
+    assert refusing.good_share > taking.good_share
 
 
 def test_ratios_are_of_means_with_the_spread_of_seeds() -> None:
