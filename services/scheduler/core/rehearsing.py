@@ -90,11 +90,13 @@ def start_within_s(books: Books, spec: RequestSpec, prediction: Prediction) -> f
 def _scene(books: Books, now: float) -> Scene | None:
     """What is known now; None: too little, or too much to be played."""
     turns = books.lines.central.turns(WAITING_MAX, now)
-    comers = books.comers.latest(books.promises.late)
-    places = books.board.able(now)
-    if turns is None or not comers or not 0 < len(places) <= WORKERS_MAX:
+    if turns is None:
         return None
-    if books.board.running > RUNNING_MAX:
+    places = books.board.able(now)
+    if not 0 < len(places) <= WORKERS_MAX or books.board.running > RUNNING_MAX:
+        return None
+    comers = books.comers.latest(books.promises.late)
+    if not comers:
         return None
     usable, guess = books.board.taking, (books.outputs.guess(),)
     constants, served = books.constants, books.waits.served
