@@ -2,8 +2,8 @@
 
 Ten tenants send alike; then one of them sends ten times as much, and the others the very same
 requests as before. What counts is the others' 99th percentile of the time to first token with the
-flood, over that without it; and at the end of the arrivals, how much weighted service the least and
-the best served tenant were given that had something waiting.
+flood, over that without it; and, at every step, how far tenants that wait are apart in weighted
+service, over the bound of `leads` (sim/gaps.py).
 """
 
 import gc
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from services.scheduler.core.presets import preset_named
 from shared.profiles import load_profile
+from sim.gaps import Gaps
 from sim.items import Workload
 from sim.mesh import SimMesh
 from sim.options import constants as parsed_constants
@@ -57,10 +58,18 @@ class Found:
     """Of mean times to first token."""
     flooder_p99_s: float
     """What the flooder's own requests then waited."""
+    lead_tokens: float
+    """The most that one tenant was ahead of another that waited too, in weighted tokens,"""
+    lead: float
+    """and the most over its bound. By the accounts; nothing where nobody keeps any."""
+    gap_tokens: float
+    """The most that one was given more than another since both waited,"""
+    gap: float
+    """and the most over the bounds of both. By what went in and out."""
 
     @property
     def held(self) -> bool:
-        return self.ratio <= LIMIT
+        return self.ratio <= LIMIT and self.lead <= 1 and self.gap <= 1
 
 
 def calm(load: float, requests: int, seed: int) -> Workload:
@@ -88,8 +97,8 @@ def flooded(workload: Workload, seed: int) -> Workload:
 
 def waits(
     policy: str, workload: Workload, seed: int, constants: Mapping[str, Value]
-) -> tuple[list[float], list[float]]:
-    """Times to first token: the others', and the flooder's."""
+) -> tuple[list[float], list[float], Gaps]:
+    """Times to first token: the others', and the flooder's; and how far tenants were apart."""
     setup = Setup(
         policy=policy,
         workload=workload,
@@ -99,7 +108,8 @@ def waits(
         seed=seed,
         max_tokens=CAPS[CONV],
     )
-    mesh = SimMesh(setup)
+    gaps = Gaps(setup.all_constants(), lambda tenant: _given(mesh, tenant), setup.block_tokens_each)
+    mesh = SimMesh(setup, journal=gaps)
     mesh.start()
     run_out(mesh)
     others: list[float] = []
@@ -109,7 +119,12 @@ def waits(
         wait_s = call.first_at - call.sent_at
         (own if call.item.tenant == FLOODER else others).append(wait_s)
     gc.collect()
-    return others[round(WARM_UP * len(others)) :], own
+    return others[round(WARM_UP * len(others)) :], own, gaps
+
+
+def _given(mesh: SimMesh, tenant: str) -> float:
+    core = mesh.leader.core
+    return core.books.lines.central.given(tenant) if core is not None else 0.0
 
 
 def measure(
@@ -117,10 +132,12 @@ def measure(
 ) -> Found:
     """Both runs with each seed."""
     rows = []
+    seen: list[Gaps] = []
     for seed in range(seeds):
         alone = calm(load, requests, seed)
-        before, _ = waits(policy, alone, seed, constants)
-        after, own = waits(policy, flooded(alone, seed), seed, constants)
+        before, _, apart = waits(policy, alone, seed, constants)
+        after, own, far_apart = waits(policy, flooded(alone, seed), seed, constants)
+        seen += [apart, far_apart]
         p99s = [float(np.percentile(values, 99)) for values in (before, after, own)]
         rows.append((*p99s, fmean(after) / fmean(before)))
     ratios = [after / before for before, after, _, _ in rows]
@@ -136,6 +153,10 @@ def measure(
         high=max(ratios),
         mean_ratio=mean_ratio,
         flooder_p99_s=own_s,
+        lead_tokens=max(gaps.lead for gaps in seen),
+        lead=max(gaps.lead_worst for gaps in seen),
+        gap_tokens=max(gaps.gap for gaps in seen),
+        gap=max(gaps.gap_worst for gaps in seen),
     )
 
 
@@ -145,6 +166,8 @@ def table(found: Sequence[Found]) -> Table:
     for name in ("policy", "load", "p99 without", "p99 with", "ratio", "over seeds", "mean's"):
         shown.add_column(name)
     shown.add_column("flooder's p99")
+    shown.add_column("lead / bound")
+    shown.add_column("gap / bound")
     for one in found:
         shown.add_row(
             one.policy,
@@ -155,6 +178,8 @@ def table(found: Sequence[Found]) -> Table:
             f"{one.low:.2f} to {one.high:.2f}",
             f"{one.mean_ratio:.2f}",
             f"{one.flooder_p99_s:.1f} s",
+            f"{one.lead:.2f}",
+            f"{one.gap:.2f}",
         )
     return shown
 
@@ -167,7 +192,7 @@ def main(
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Exit code 1 if `tranche` does not hold the limit."""
+    """Exit code 1 if `tranche` does not hold the limit, or a tenant got too far ahead."""
     changed, found = parsed_constants(changes or (), None), []
     for name in policy or POLICIES:
         preset_named(name)

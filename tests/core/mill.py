@@ -1,12 +1,10 @@
-"""A core, workers that use up every lease at each turn, and what each tenant was given by its
-words alone: prompts when they are first placed, output when it is reported."""
+"""A core, and workers that use up every lease at each turn."""
 
 from collections import Counter
 
 from services.scheduler.core.settings import Constants
 from shared import tokens
 from shared.messages import (
-    Finished,
     Park,
     RunSlice,
     SchedulerCommand,
@@ -17,6 +15,8 @@ from shared.messages import (
     SliceTimings,
     WorkerMemory,
 )
+from sim.gaps import Gaps
+from sim.leader import Step
 from tests.core.seam import Bench, beat_of, submit
 
 PROMPT_MAX, SLICE = 60, 8
@@ -129,68 +129,15 @@ class Ledger(Mill):
     """A mill that asserts after each word to the core that nobody is too far ahead."""
 
     def __init__(self, *which: object, weights: dict[str, float], **more: object) -> None:
-        self.weights = weights
-        self.service: dict[str, float] = dict.fromkeys(weights, 0.0)
-        self.standing: dict[str, str] = {}
-        """Request to "waits" or "runs"."""
-        self.prompts: dict[str, int] = {}
-        self.prompt_max = 0
-        self.running_max: Counter[str] = Counter()
-        self.least: dict[tuple[str, str], float] = {}
-        """How far the one was ahead of the other, at least, since both wait."""
-        self.used = 0.0
-        """The largest lead seen over its bound."""
         told = ",".join(f"{name}={weight}" for name, weight in weights.items())
-        super().__init__(*which, tenant_weights=told, **more)  # type: ignore[arg-type]
-
-    def send(self, tenant: str, prompt: int, output: int) -> str:
-        name = f"{tenant}-{self.sent + 1}"
-        self.standing[name], self.prompts[name] = "waits", prompt
-        return super().send(tenant, prompt, output)
+        more = {**more, "tenant_weights": told}
+        shape = Constants(slice_tokens=SLICE)
+        self.gaps = Gaps(shape, self.given, weights=weights)
+        super().__init__(*which, **more)  # type: ignore[arg-type]
 
     def say(self, event: SchedulerEvent) -> None:
-        if isinstance(event, SliceDone):
-            for result in event.results:
-                tenant = result.request_id.split("-")[0]
-                price = OUTPUT_WEIGHT * tokens.count(result.tokens) / self.weights[tenant]
-                self.service[tenant] += price
-                if not result.resident:
-                    self.standing[result.request_id] = "waits"
+        heard = len(self.said)
         super().say(event)
-        self.check()
-
-    def take(self, commands: list[SchedulerCommand]) -> None:
-        super().take(commands)
-        for command in commands:
-            if isinstance(command, Finished):
-                del self.standing[command.request_id]
-            elif isinstance(command, RunSlice):
-                for order in command.orders:
-                    self.began(order.spec.request_id)
-
-    def began(self, name: str) -> None:
-        self.standing[name] = "runs"
-        tenant, prompt = name.split("-")[0], self.prompts.pop(name, 0)
-        self.prompt_max = max(self.prompt_max, prompt)
-        self.service[tenant] += prompt / self.weights[tenant]
-        running = sum(where == "runs" for n, where in self.standing.items() if n[0] == tenant)
-        self.running_max[tenant] = max(self.running_max[tenant], running)
-
-    def bound(self, tenant: str) -> float:
-        """U of `leads`: a prompt, and a lease for each that runs."""
-        leases = OUTPUT_WEIGHT * LEASE * self.running_max[tenant]
-        return (self.prompt_max + leases) / self.weights[tenant]
-
-    def check(self) -> None:
-        waiting = sorted({n.split("-")[0] for n, where in self.standing.items() if where[0] == "w"})
-        pairs = {(a, b) for a in waiting for b in waiting if a != b}
-        self.least = {pair: least for pair, least in self.least.items() if pair in pairs}
-        for one, other in sorted(pairs):
-            lead = self.bench.core.books.lines.central.lead(one, other)
-            bound = self.bound(one)
-            assert lead <= bound + 1e-6, f"{one} is {lead} ahead of {other}, and {bound} allowed"
-            self.used = max(self.used, lead / max(1.0, bound))
-            apart = self.service[one] - self.service[other]
-            least = self.least[one, other] = min(apart, self.least.get((one, other), apart))
-            both = bound + self.bound(other)
-            assert apart - least <= both + 1e-6, f"{one}: {apart - least} of {both}, {other} waits"
+        self.gaps.append(Step(self.bench.now, event, self.said[heard:]))
+        assert self.gaps.lead_worst <= 1 + 1e-9, f"{self.gaps.lead} ahead of one that waits"
+        assert self.gaps.gap_worst <= 1 + 1e-9, f"{self.gaps.gap} more than one that waits"

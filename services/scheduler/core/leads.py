@@ -25,7 +25,6 @@ waits, binds those that are not more urgent, and the bound holds while all are o
 not bind for a claimant that no worker could hold, nor what a new leader finds running.
 """
 
-from collections.abc import Iterator
 from itertools import islice
 
 from services.scheduler.core import moves
@@ -33,8 +32,8 @@ from services.scheduler.core.books import Books
 from services.scheduler.core.state import Request
 from services.scheduler.core.workers import Worker
 
-RESTING_LOOKED_AT = 64
-"""Who may be parked is looked for among so many."""
+TENANTS_LOOKED_AT, EACH_LOOKED_AT = 16, 8
+"""Among so many of those who rest one is looked for that may be parked."""
 OVERTAKING_SHARE = 0.5
 """Who is placed in the stead of a refused head keeps within this share of the bound, so that those
 who run have the rest of it to go on in [T]."""
@@ -96,13 +95,14 @@ def look(books: Books, now: float) -> None:
     shares.resting_at = now + books.constants.hoard_look_s
     for tenant, resting in list(shares.resting.items()):
         room = _room_tokens(books, tenant)
-        for request in list(resting.values()) if room > 0 else ():
+        lease = books.constants.slice_tokens
+        for request in list(resting.values()) if room >= lease else ():
             worker = books.workers.active[request.worker]
             shares.goes_on(request)
             worker.credit.wanting[request.request_id] = request
             books.touched[worker.info.worker] = None
-            room -= books.constants.slice_tokens
-            if room <= 0:
+            room -= lease
+            if room < lease:
                 break
     within = [tenant for tenant in line.those_put_off if _room_tokens(books, tenant) >= 0]
     if within:
@@ -170,25 +170,28 @@ def make_way(books: Books, head: Request, now: float) -> bool:
         return False
     board, place = books.board, -1
     board.written()
-    for request in _may_go(books, head):
+    few = _may_go(books, head)
+    for request in few:
         here = board.places[request.worker]
         freer = place < 0 or board.free[here] > board.free[place]
         if freer and board.holds[here] >= head.context_tokens:
             place = here
     if place < 0:
         return False
-    resting = {r.request_id for r in resting_on(books, board.workers[place])}
-    park(books, books.victim_of([r for r in _may_go(books, head) if r.request_id in resting]), now)
+    worker = board.workers[place].info.worker
+    park(books, books.victim_of([r for r in few if r.worker == worker]), now)
     return True
 
 
-def _may_go(books: Books, head: Request) -> Iterator[Request]:
-    """Of those who rest the first few that may be parked for this one."""
-    for tenant, resting in books.shares.resting.items():
+def _may_go(books: Books, head: Request) -> list[Request]:
+    """Of those who rest some that may be parked for this one; of other tenants each time."""
+    resting, few = books.shares.resting, list[Request]()
+    for tenant in list(islice(resting, TENANTS_LOOKED_AT)):
+        here = resting[tenant] = resting.pop(tenant)
         if _gives_way(books, tenant, head.spec.tenant):
-            for request in islice(resting.values(), RESTING_LOOKED_AT):
-                if request.spec.priority >= head.spec.priority:
-                    yield request
+            some = islice(here.values(), EACH_LOOKED_AT)
+            few += [r for r in some if r.spec.priority >= head.spec.priority]
+    return few
 
 
 def _gives_way(books: Books, tenant: str, other: str) -> bool:
@@ -202,6 +205,6 @@ def _gives_way(books: Books, tenant: str, other: str) -> bool:
 
 def park(books: Books, request: Request, now: float) -> None:
     """One that rests gives its memory up."""
-    request.yields += 1
+    request.rested += 1
     request.makes_way = True
     moves.park(books, request, now)

@@ -12,6 +12,7 @@ from services.scheduler.core import leads, moves
 from services.scheduler.core.books import Books
 from services.scheduler.core.policies.gates import Gate
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
+from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request, State
 from services.scheduler.core.workers import Worker
 from shared.messages import Renewal, SliceOrder
@@ -45,7 +46,11 @@ class Round:
 
 def margin_tokens(books: Books) -> int:
     """With so little left of a lease a worker reports, and the next one is granted."""
-    constants = books.constants
+    return margin_of(books.constants)
+
+
+def margin_of(constants: Constants) -> int:
+    """The same, by the constants."""
     return max(1, round(constants.lease_margin_share * constants.slice_tokens))
 
 

@@ -149,6 +149,8 @@ class Request:
     evictions: int = 0
     yields: int = 0
     """How often it made way for a tenant that was given less (yielding.py)."""
+    rested: int = 0
+    """How often it was parked since its tenant was too far ahead of others (leads.py)."""
     makes_way: bool = False
     """It is parked for that."""
     parked_for: Literal["", "move", "turn"] = ""

@@ -22,7 +22,6 @@ def view(books: Books, worker: Worker, reserve: int = 0) -> View:
 
 def member(books: Books, request: Request, made: int) -> Member:
     """With `made` tokens, those that its lease covers among them."""
-    made_way = request.yields > 0 and request.output_tokens > 0
     return Member(
         prompt_tokens=request.prompt_tokens,
         made=made,
@@ -30,5 +29,5 @@ def member(books: Books, request: Request, made: int) -> Member:
         true_output=books.truth(request.request_id) if books.truth else 0,
         leased=made - request.output_tokens,
         predicted=request.predicted_tokens,
-        returning=request.evicted_at > 0 or made_way,
+        returning=request.evicted_at > 0 or request.rested > 0,
     )

@@ -206,7 +206,7 @@ class StandingQueue(Accounted):
 
     def _due(self, request: Request) -> float:
         latest = self._latest_start(request)
-        since = request.arrived_at if request.yields else waiting_since(request)
+        since = request.arrived_at if request.rested else waiting_since(request)
         aged = since + self._boost(request)
         return aged if latest is None else min(aged, latest)
 
