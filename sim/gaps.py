@@ -1,10 +1,11 @@
 """Gaps: how far tenants that wait are apart in weighted service, at every step of a scheduler.
 
 Counted by what goes in and out of the core alone: a prompt when it is first placed, output when a
-worker reports it, at the prices of `fair`. Two things are held against the bound of `leads` (U: a
-prompt, the largest so far, and a lease for each request that a tenant had running, the most so far,
-over its weight): how far one tenant is ahead of another in the accounts of the core, which may be
-U; and how much more it was given since both wait, which may be U of the one and U of the other.
+worker reports it, at the prices of `fair`. Two things are held against the bound of `leads` (U:
+`lead_prompts` of the largest prompt so far, one where that is off, and a lease for each request
+that a tenant had running, the most so far, over its weight): how far one tenant is ahead of another
+in the accounts of the core, which may be U; and how much more it was given since both wait, which
+may be U of the one and U of the other.
 """
 
 from collections import Counter
@@ -68,8 +69,8 @@ class Gaps(list[Step]):
         """U, in weighted tokens."""
         constants = self._constants
         leases = self._running_max[tenant] * self._lease_tokens * constants.fair_output_weight
-        prompt = self._prompt_max * constants.fair_input_weight
-        return (prompt + leases) / self._weights.get(tenant, 1.0)
+        prompts = (constants.lead_prompts or 1.0) * self._prompt_max
+        return (prompts * constants.fair_input_weight + leases) / self._weights.get(tenant, 1.0)
 
     def _reported(self, done: SliceDone) -> None:
         for result in done.results:

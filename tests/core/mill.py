@@ -128,10 +128,13 @@ class Mill:
 class Ledger(Mill):
     """A mill that asserts after each word to the core that nobody is too far ahead."""
 
-    def __init__(self, *which: object, weights: dict[str, float], **more: object) -> None:
+    def __init__(
+        self, *which: object, weights: dict[str, float], held_prompts: float, **more: object
+    ) -> None:
+        """Ahead by so many prompts, leases apart."""
         told = ",".join(f"{name}={weight}" for name, weight in weights.items())
         more = {**more, "tenant_weights": told}
-        shape = Constants(slice_tokens=SLICE)
+        shape = Constants(slice_tokens=SLICE, lead_prompts=held_prompts)
         self.gaps = Gaps(shape, self.given, weights=weights)
         super().__init__(*which, **more)  # type: ignore[arg-type]
 

@@ -6,11 +6,11 @@ within a bound: the tenant that waits and was given least, m in all, has a claim
 tenant's lease is granted only if all that this tenant was given, and what its leases may still
 make, is above m by no more than
 
-    U = (largest prompt + n x longest lease) / its weight,    n: the requests that it has running,
+    U = (lead_prompts x largest prompt + n x longest lease) / its weight,
 
-at the prices of `fair`. The same holds for who joins. Who has to stop rests on its worker with its
-KV, and goes on once the others have caught up; if the claimant finds no memory or no place, those
-that rest are parked for it, one after the other.
+n: the requests that it has running, at the prices of `fair`. The same holds for who joins. Who has
+to stop rests on its worker with its KV, and goes on once the others have caught up; if the claimant
+finds no memory or no place, those that rest are parked for it, one after the other.
 
 Proof that no tenant is ever ahead of one that waits by more than U, at the most that it had
 running: (1) m never falls while anybody waits, since who comes to wait is lifted to it; (2) whoever

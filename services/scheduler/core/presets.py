@@ -117,7 +117,7 @@ TRANCHE: Mapping[str, Value] = MappingProxyType(
         "chance_return_less": 0.75,  # a victim stands still until it is back
         "move_gain": 2.0,
         "hoard_deviations": 4.0,
-        "lead_prompts": 1.0,
+        "lead_prompts": 2.0,
     }
 )
 SAL_LARRY: Mapping[str, Value] = MappingProxyType(
