@@ -57,11 +57,12 @@ TENANTS = """### Tenants
 The order serves the tenant that was given least; a flood gets what the others leave; and no tenant
 is ever ahead of another that waits by more than U = (two of the largest prompts + n leases) / its
 weight, in tokens at the prices of `fair`, n being the most requests that it had running at one time
-(`lead_prompts`; a lease for each place on each worker: the slices that are out). What both were given since both wait differs by U of the one and U of the other at most. Whose tenant is
-further ahead rests at the end of its slice, on its worker, with its KV, or is parked if who was
-given least finds no memory. The proof is in `services/scheduler/core/leads.py`;
-`tests/core/test_leads.py` checks the bound after each call of the core, and so does the run below.
-It holds while all that wait are of one priority and on time; priorities and deadlines come first.
+(`lead_prompts`; a lease for each place on each worker: the slices that are out). What both were
+given since both wait differs by U of the one and U of the other at most. Whose tenant is further
+ahead rests at the end of its slice, on its worker, with its KV, or is parked if who was given least
+finds no memory. The proof is in `services/scheduler/core/leads.py`; `tests/core/test_leads.py`
+checks the bound after each call of the core, and so does the run below. It holds while all that
+wait are of one priority and on time; priorities and deadlines come first.
 
 Ten tenants, one of which sends ten times as much (`python -m sim.fairness`): the others' p99 time
 to first token with and without the flood, means over the seeds and the range of their ratios; and
