@@ -27,6 +27,10 @@ ESTIMATES = Estimates(
 )
 
 
+def work_s(request: Request) -> float:
+    return request.input_tokens * PREFILL_TOKEN_S
+
+
 def request_of(number: int, prompt_tokens: int = 64, made: int = 0, **changes: object) -> Request:
     spec_names = ("tenant", "priority", "ttft_deadline_ms", "deadline_ms")
     spec = {name: changes.pop(name) for name in spec_names if name in changes}

@@ -108,14 +108,18 @@ def _too_late(
     if spec.ttft_deadline_ms is not None:
         within_s = spec.ttft_deadline_ms / 1000
         if prediction.start_s * late > within_s:
+            safe_s = prediction.start_s * late
             detail = f"the first token is expected in {prediction.start_s:.2f} s"
+            detail += f" ({safe_s:.2f} s as late as starts are lately), after {within_s:.2f} s"
             helps = alone_s * late <= within_s
             retry_s = _patient_s(books, spec, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     if spec.deadline_ms is not None:
         within_s = spec.deadline_ms / 1000
-        if prediction.chance_of_finish(within_s, late) < wanted:
+        chance = prediction.chance_of_finish(within_s, late)
+        if chance < wanted:
             detail = f"the end is expected in {prediction.finish_s:.2f} s"
+            detail += f"; within {within_s:.2f} s its chance is {chance:.0%}, asked {wanted:.0%}"
             helps = prediction.chance_of_finish(within_s + prediction.wait_s * late, late) >= wanted
             retry_s = _patient_s(books, spec, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)

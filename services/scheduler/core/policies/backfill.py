@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 PREDICTED_DEEPER = 2
 """Times `backfill_max` where outputs were predicted. So many more to choose from are worth a
-quarter of the evictions at equal steps where lengths are uniform (memory only, correlation 0.95),
+fifth of the evictions at equal steps where lengths are uniform (memory only, correlation 0.95),
 and nothing where nobody knows who is short [T]."""
 
 
