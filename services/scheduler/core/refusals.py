@@ -110,7 +110,7 @@ def _too_late(
         if prediction.start_s * late > within_s:
             safe_s = prediction.start_s * late
             detail = f"the first token is expected in {prediction.start_s:.2f} s"
-            detail += f" ({safe_s:.2f} s as late as starts are lately), after {within_s:.2f} s"
+            detail += f", or {safe_s:.2f} s if it is late; {within_s:.2f} s are allowed"
             helps = alone_s * late <= within_s
             retry_s = _patient_s(books, spec, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
