@@ -272,8 +272,11 @@ def _milliseconds(request: Request, header: str) -> int | None:
     text = request.headers.get(header)
     if text is None:
         return None
+    text = text.strip(" \t")
     if not re.fullmatch(rf"[1-9][0-9]{{0,{MILLISECONDS_DIGITS_MAX - 1}}}", text):
-        raise invalid(f"The header '{header}' must be a whole number of milliseconds.", header)
+        most = 10**MILLISECONDS_DIGITS_MAX - 1
+        asked = f"must be a whole number of milliseconds, from 1 to {most}"
+        raise invalid(f"The header '{header}' {asked}.", header)
     return int(text)
 
 

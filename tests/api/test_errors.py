@@ -143,7 +143,9 @@ def test_other_paths_and_methods(
 @pytest.mark.parametrize("value", ["soon", "-5", "0", "1.5", "9" * 40, "", "٣"])
 def test_bad_deadlines(raw: httpx.Client, name: str, value: str) -> None:
     headers = [(b"content-type", b"application/json"), (name.encode(), value.encode())]
-    check(raw.post(COMPLETIONS, content=GOOD, headers=headers), 400, "invalid_value")
+    answer = raw.post(COMPLETIONS, content=GOOD, headers=headers)
+    check(answer, 400, "invalid_value")
+    assert "from 1 to 999999999" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

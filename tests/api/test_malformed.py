@@ -130,6 +130,20 @@ def test_broken_http(live_gateway: LiveGateway) -> None:
     assert httpx.get(f"{live_gateway.base_url}/models").status_code == 200
 
 
+def test_space_around_a_limit_is_no_part_of_it(live_gateway: LiveGateway) -> None:
+    """RFC 9110, 5.5; httpx sends no such header, some proxies do."""
+    url = httpx.URL(live_gateway.base_url)
+    body = json.dumps(COMPLETION).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        b"connection: close\r\nx-tranche-deadline-ms: \t60000\t \r\n"
+        b"content-length: %d\r\n\r\n" % len(body)
+    )
+    with socket.create_connection((url.host, url.port or 80), timeout=ANSWER_S) as connection:
+        connection.sendall(head + body)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance]
 CHECKS += [response_schema_conformance]
 
