@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from services.scheduler.core.presets import PRESETS
 from sim.remembered import LIMITS, Remembered, missed, summary
 from sim.reproduction.svg_chart import bar_chart
-from sim.trials.everywhere import FIGURES, FIRST, WITHIN
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FOUR_WORKERS, LADDER, EVERYWHERE, EVERYBODY = (
@@ -33,12 +33,10 @@ bound. `python -m sim.trials` makes all of this again, in pieces if it is stoppe
 `bench/results/trials-*.json`.
 """
 
-REMARK = """Stalls of half a second where memory is ample are moves between workers at slice ends
-(`move_gain`): whoever moves stands still for one prefill, so that all together end sooner. Sets of
-thousands of output tokens run short of memory from 0.92 on: there the target share of evictions
-decides between first tokens and stalls, and `tranche` stays nearer to no stalls. Azure code comes
-in bursts far above what the workers can do: whoever lets the large wait without bound has the lower
-mean."""
+REMARK = """Sets of thousands of output tokens run short of memory from 0.92 on: there the target
+share of evictions decides between first tokens and stalls, and `tranche` stays nearer to no stalls.
+Azure code comes in bursts far above what the workers can do: whoever lets the large wait without
+bound has the lower mean."""
 
 
 def section() -> str:
@@ -198,30 +196,22 @@ def _everywhere() -> str:
 
 
 def _everybody() -> str:
-    """The presets of which one seed has been run, in a sentence."""
+    """What closed batches change, which run no token of a newcomer before a batch has ended."""
     result = _read(EVERYBODY)
     if result is None:
         return ""
-    ahead: dict[str, list[str]] = {}
-    for place in result["places"]:
-        for name, told in FIGURES.items():
-            cell = place[name]
-            if cell["behind"] > WITHIN and cell["of"] not in FIRST:
-                ahead.setdefault(cell["of"], []).append(
-                    f"{place['workload']} {place['load']:g} {told} ({cell['behind']:.0%})"
-                )
     most = max(place["presets"] for place in result["places"])
-    words = [
-        f"Beside all others, closed batches included (up to {most - 1} presets, one seed of each, "
+    seeds = _span(place["seeds"] for place in result["places"])
+    closed = [name for name, preset in PRESETS.items() if preset.form == "closed"]
+    told = [line for line in result["why"] if line.startswith(tuple(f"- `{n}`" for n in closed))]
+    lines = [
+        f"Beside all others, closed batches included ({most - 1} presets, {seeds} seeds of each, "
         f"`bench/results/{EVERYBODY.name}`), it is behind in {result['behind']} of "
-        f"{result['cells']} figures. Ahead of it and of those in the table:"
-        + ("" if ahead else " nobody.")
+        f"{result['cells']} figures. Where closed batches are the best:" + " nowhere." * (not told),
+        "",
+        *told,
     ]
-    told = [of for each in ahead.values() for of in each]
-    if told and all("p99 stall" in of for of in told):
-        words[-1] += " only in standstills, since they let fewer run at once and evict or move few."
-    words += [""] * bool(ahead) + [f"- `{name}`: {', '.join(of)}" for name, of in ahead.items()]
-    return "\n".join(words) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _beside(cell: Mapping[str, Any]) -> str:

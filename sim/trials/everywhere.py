@@ -158,6 +158,7 @@ def losses(found: Sequence[Place]) -> list[tuple[Place, str, float]]:
 
 
 TRADES: Mapping[str, str] = {
+    "tokens": "it makes fewer tokens a second",
     "stalls": "it lets memory run out more often, and running requests stand still longer",
     "tail": "it lets some wait longer for their first token: its p99 TTFT is worse",
     "waits": "it lets everybody wait for surer memory: its mean TTFT is worse",
@@ -172,6 +173,8 @@ def trade(place: Place, figure: str) -> str:
     """A name of TRADES: why the best one in this figure is not simply better."""
     name, _ = place.best(figure)
     theirs, ours = place.means[name], place.means[OURS]
+    if WORSE * theirs["output_tps"] < ours["output_tps"]:
+        return "tokens"
     if theirs["gap_p99_s"] > WORSE * ours["gap_p99_s"]:
         return "stalls"
     if theirs["ttft_p99_s"] > WORSE * ours["ttft_p99_s"]:
@@ -183,18 +186,29 @@ def trade(place: Place, figure: str) -> str:
 
 def explained(found: Sequence[Place]) -> list[str]:
     """The losses by what the best one gives up, as lines of a list."""
-    by_trade: dict[tuple[str, str], list[str]] = {}
+    by_trade: dict[tuple[str, str], list[tuple[Place, str, float]]] = {}
     for place, figure, behind in losses(found):
         key = (trade(place, figure), place.best(figure)[0])
-        cell = f"{place.workload} {place.load:g} {FIGURES[figure]} ({behind:.0%})"
-        by_trade.setdefault(key, []).append(cell)
+        by_trade.setdefault(key, []).append((place, figure, behind))
     order = list(TRADES)
-    return [
-        f"- `{name}`: {TRADES[what]} (by a tenth or more): {', '.join(sorted(cells))}."
-        if what != "nothing"
-        else f"- `{name}`: {TRADES[what]}: {', '.join(sorted(cells))}."
-        for (what, name), cells in sorted(by_trade.items(), key=lambda one: order.index(one[0][0]))
-    ]
+    lines = []
+    for (what, name), lost in sorted(by_trade.items(), key=lambda one: order.index(one[0][0])):
+        clause = TRADES[what] if what == "nothing" else f"{TRADES[what]} (by a tenth or more)"
+        lines.append(f"- `{name}`: {clause}: {', '.join(_listed(lost, len(found)))}.")
+    return lines
+
+
+def _listed(lost: Sequence[tuple[Place, str, float]], places: int) -> list[str]:
+    """Each loss, sorted; a figure that is lost in every place, once."""
+    told = []
+    for figure in FIGURES:
+        of = [(place, behind) for place, one, behind in lost if one == figure]
+        if len(of) == places > 1:
+            low, high = min(b for _, b in of), max(b for _, b in of)
+            told.append(f"{FIGURES[figure]} everywhere ({low:.0%} to {high:.0%})")
+        else:
+            told += [f"{p.workload} {p.load:g} {FIGURES[figure]} ({b:.0%})" for p, b in of]
+    return sorted(told)
 
 
 def as_json(found: Sequence[Place]) -> dict[str, object]:

@@ -119,6 +119,11 @@ class Crowding:
         """Seconds a token for each request; never negative."""
         return max(0.0, self.covariance / (self.variance + CROWDING_DOUBT))
 
+    def sooner(self, here: int, there: int) -> float:
+        """The share of a token's time that is saved among `there` requests instead of `here`."""
+        here_s = self.token_s + self.request_s * (here - self.running)
+        return self.request_s * (here - there) / max(here_s, 1e-9)
+
 
 BUSY_MEMORY_S = 15.0
 """Of a busy rate: seconds of waiting after which an event counts for 1/e. On the Azure

@@ -71,8 +71,8 @@ class Constants:
 
     move_gain: float = 0.0
     """Late binding: while nobody waits, a request moves at the end of a slice to a worker where
-    fewer run, if all requests together gain so many times what its prefill there costs them; one at
-    a time. 0: nobody moves [T]."""
+    many fewer run, or where its tokens are a quarter sooner, if all requests together gain so many
+    times what its prefill there costs them; one at a time. 0: nobody moves [T]."""
 
     yield_after_s: float = 0.0
     """Late binding: when memory has kept a new request for so long, a larger one whose client does
