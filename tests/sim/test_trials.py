@@ -150,6 +150,7 @@ def test_behind_is_counted_against_the_best_beyond_what_can_be_felt() -> None:
 @pytest.mark.parametrize(
     ("theirs", "trade"),
     [
+        ({"output_tps": 50.0, "gap_p99_s": 9.0}, "tokens"),
         ({"gap_p99_s": 9.0}, "stalls"),
         ({"ttft_p99_s": 9.0}, "tail"),
         ({}, "nothing"),
@@ -162,6 +163,15 @@ def test_who_is_ahead_is_told_with_what_it_pays(theirs: dict[str, float], trade:
     (line,) = everywhere.explained([place])
     assert line.startswith(f"- `vllm`: {everywhere.TRADES[trade]}")
     assert line.endswith("dec 0.92 goodput (5%).")
+
+
+def test_what_is_lost_in_every_place_is_told_once() -> None:
+    ours = figures(gap_p99_s=0.3)
+    far, near = (placed(tranche=ours, sls=figures(gap_p99_s=gap)) for gap in (0.1, 0.2))
+    (line,) = everywhere.explained([far, near])
+    assert line.endswith(": p99 stall everywhere (50% to 200%).")
+    (line,) = everywhere.explained([far])
+    assert line.endswith(": dec 0.92 p99 stall (200%).")
 
 
 def test_every_preset_but_the_oracle_is_compared() -> None:
