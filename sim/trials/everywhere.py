@@ -198,16 +198,20 @@ def explained(found: Sequence[Place]) -> list[str]:
     return lines
 
 
+MANY = 8
+"""Losses of one figure to one preset; more are told together."""
+
+
 def _listed(lost: Sequence[tuple[Place, str, float]], places: int) -> list[str]:
-    """Each loss, sorted; a figure that is lost in every place, once."""
+    """Each loss, sorted; many of one figure as their number and range."""
     told = []
-    for figure in FIGURES:
+    for figure, name in FIGURES.items():
         of = [(place, behind) for place, one, behind in lost if one == figure]
-        if len(of) == places > 1:
+        if len(of) > MANY:
             low, high = min(b for _, b in of), max(b for _, b in of)
-            told.append(f"{FIGURES[figure]} everywhere ({low:.0%} to {high:.0%})")
+            told.append(f"{name} in {len(of)} of {places} places ({low:.0%} to {high:.0%})")
         else:
-            told += [f"{p.workload} {p.load:g} {FIGURES[figure]} ({b:.0%})" for p, b in of]
+            told += [f"{p.workload} {p.load:g} {name} ({b:.0%})" for p, b in of]
     return sorted(told)
 
 

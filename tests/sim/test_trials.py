@@ -165,12 +165,13 @@ def test_who_is_ahead_is_told_with_what_it_pays(theirs: dict[str, float], trade:
     assert line.endswith("dec 0.92 goodput (5%).")
 
 
-def test_what_is_lost_in_every_place_is_told_once() -> None:
+def test_many_losses_of_one_figure_are_told_together() -> None:
     ours = figures(gap_p99_s=0.3)
     far, near = (placed(tranche=ours, sls=figures(gap_p99_s=gap)) for gap in (0.1, 0.2))
-    (line,) = everywhere.explained([far, near])
-    assert line.endswith(": p99 stall everywhere (50% to 200%).")
-    (line,) = everywhere.explained([far])
+    same = placed(tranche=ours, sls=ours)
+    (line,) = everywhere.explained([same, *[far] * everywhere.MANY, near])
+    assert line.endswith(": p99 stall in 9 of 10 places (50% to 200%).")
+    (line,) = everywhere.explained([far, same])
     assert line.endswith(": dec 0.92 p99 stall (200%).")
 
 
