@@ -17,6 +17,8 @@ from sim.trials.four_workers import CASES, Case
 from sim.trials.kept import Kept
 from sim.trials.stats import Mean, mean_of, ratio_of
 
+PLAIN = tuple(case for case in CASES if case.ttft_ms is None)
+"""The cases in which nobody is refused: with limits, parts are measured on those who are left."""
 OURS = "tranche"
 EVERYTHING: Mapping[str, Value] = PRESETS[OURS].constants
 
@@ -81,7 +83,7 @@ def cells(seeds: int) -> list[Cell]:
     return [
         cell_of(case, rung, seed)
         for seed in range(1, seeds + 1)
-        for case in CASES
+        for case in PLAIN
         for rung in RUNGS
     ]
 
@@ -107,7 +109,7 @@ class Row:
 def rows(kept: Kept, seeds: int) -> list[Row]:
     """Those that have run, on the seeds that the whole has run on too."""
     whole, found = Rung(OURS, OURS), []
-    for case in CASES:
+    for case in PLAIN:
         for rung in RUNGS:
             pairs = [
                 (kept.of(cell_of(case, rung, seed)), kept.of(cell_of(case, whole, seed)))
