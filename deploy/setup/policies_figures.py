@@ -13,6 +13,8 @@ from typing import Any
 from services.scheduler.core.presets import PRESETS
 from sim.remembered import LIMITS, Remembered, missed, summary
 from sim.reproduction.svg_chart import bar_chart
+from sim.trials.everywhere import WITHIN
+from sim.trials.four_workers import CASES, Case
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 FOUR_WORKERS, LADDER, EVERYWHERE, EVERYBODY = (
@@ -96,6 +98,12 @@ def _four_workers() -> str:
         "saturation, but every request names a limit of 2 s (`x-tranche-ttft-ms`), and under any "
         "policy whoever would miss it is refused at once; times are of those who were served.",
         "",
+        "Cases, by set and load (`sim/trials/sets.py`; `conv` is the Azure conversations shuffled, "
+        "so that load is even, and `azure-conv` below keeps the trace's own order and arrivals): "
+        + "; ".join(_told(case) for case in CASES)
+        + ". Rows: `central FCFS + Past-Future 3 %` is one queue in order of arrival with a "
+        "reserve of 3 %; `base, prefill estimated` is that, with each worker's prefill estimated.",
+        "",
         "| case | policy | seeds | mean TTFT, s | p99 TTFT, s | mean e2e | served | good "
         "| p99 gap, s | evicted |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -112,6 +120,11 @@ def _four_workers() -> str:
     lines += ["", "What it is asked for:", ""]
     lines += [f"- {owed['limit']}" for owed in result["owed"]]
     return "\n".join(lines) + "\n"
+
+
+def _told(case: Case) -> str:
+    arrivals = "" if case.burst is None else f", gaps with a cv of {case.burst:g}"
+    return f"{case.name}: `{case.workload}` at {case.load:g}, {case.requests:,} requests{arrivals}"
 
 
 def _ladder() -> str:
@@ -217,7 +230,7 @@ def _everybody() -> str:
 
 
 def _beside(cell: Mapping[str, Any]) -> str:
-    if cell["behind"] <= 0.03:
+    if cell["behind"] <= WITHIN:
         return f"= {cell['tranche']:.3g}"
     return f"{cell['tranche']:.3g}; {cell['of']} {cell['best']:.3g}"
 
