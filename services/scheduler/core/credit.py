@@ -32,6 +32,9 @@ class Credit:
     """Who made no token yet, in order of admission: the first one's prefill is under way."""
     prefill_since: float = 0.0
     """When that began."""
+    lease_seconds: float = 0.0
+    """Leases times the seconds that each was here, ever, up to `counted_at`."""
+    counted_at: float = 0.0
 
     def capacity_blocks(self, capacity_tokens: int) -> int:
         return capacity_tokens // self.block_tokens
@@ -45,9 +48,16 @@ class Credit:
         slots = self.blocks_for(request, until) * self.block_tokens
         return min(max(until, slots - request.prompt_tokens + 1), request.spec.max_tokens)
 
+    def count(self, now: float) -> float:
+        """`lease_seconds` until now."""
+        self.lease_seconds += len(self.leases) * max(0.0, now - self.counted_at)
+        self.counted_at = max(now, self.counted_at)
+        return self.lease_seconds
+
     def take(self, request: Request, until: int, now: float) -> None:
         """A new lease here."""
         request.until, request.listed = until, 0
+        request.lease_seconds = self.count(now)
         request.blocks = self.blocks_for(request, until)
         request.first_token = False
         request.backlog_tokens = request.input_tokens
@@ -95,6 +105,7 @@ class Credit:
 
     def release(self, request: Request, now: float, *, parking: bool) -> None:
         """It is not here any more."""
+        self.count(now)
         if self.leases.pop(request.request_id, None) is None:
             return
         self.wanting.pop(request.request_id, None)

@@ -34,7 +34,7 @@ def take_report(
         return
     first = not request.first_token and len(result.tokens) > 0
     made = (len(joined) - len(request.tokens)) // TOKEN_BYTES
-    passed_s = now - request.heard_at
+    passed_s, lease_seconds = now - request.heard_at, worker.credit.count(now)
     if first:
         own = request.backlog_tokens
         books.pace.saw_prefill(request.backlog_ahead, passed_s)
@@ -42,10 +42,10 @@ def take_report(
         worker.credit.prefilled(request, now)
     else:
         books.pace.saw_tokens(made, passed_s)
-        books.crowding.saw(len(worker.credit.leases), made, passed_s)
+        books.crowding.saw(lease_seconds - request.lease_seconds, made, passed_s)
     if made and not request.tokens:
         books.promises.began(request, now)
-    request.tokens, request.heard_at = joined, now
+    request.tokens, request.heard_at, request.lease_seconds = joined, now, lease_seconds
     if request.output_tokens > request.until:
         worker.credit.extend(request, request.output_tokens)  # it knows of a longer lease than we
     books.lines.charge(request, worker, 0, made)

@@ -68,9 +68,19 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     wait_s, queue_s = _waits_s(books, spec, own, now)
     backlog = books.board.least_backlog(now, estimated=False)
     start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0)
-    token_s = books.pace.token_s
+    token_s = token_time_s(books)
     finish_s = start_s + max(0, length - 1) * token_s
     return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs)
+
+
+def token_time_s(books: Books) -> float:
+    """Leased: seconds between tokens with as many beside it as run now. Of bursty Azure
+    conversations the median error of finishes was 31 % with the pace of the latest reports, whatever
+    ran beside them, 30 % with this, and the same in steady load [T]; after a burst nothing runs, and
+    only this says so."""
+    running = books.board.running / max(1, books.board.taking)
+    known_s = books.crowding.expected_s(running)
+    return books.pace.token_s if known_s is None else known_s
 
 
 def newcomer_of(books: Books, spec: RequestSpec, now: float) -> Request:

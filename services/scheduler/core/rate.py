@@ -94,18 +94,23 @@ CROWDING_DOUBT = 4.0
 @dataclass(slots=True)
 class Crowding:
     """What each running request adds to the time of every token beside it: the slope of a line
-    through what reports tell, pulled to 0 while all batches are alike."""
+    through what reports tell, pulled to 0 while all batches are alike. Its height is that of the
+    latest reports: their means of time and company."""
 
     seen: int = 0
     running: float = 0.0
     token_s: float = 0.0
     variance: float = 0.0
     covariance: float = 0.0
+    lately_running: float = 0.0
+    lately_token_s: float = 0.0
 
-    def saw(self, running: int, tokens: int, seconds: float) -> None:
-        """A request made so many tokens in so long, beside so many."""
+    def saw(self, lease_seconds: float, tokens: int, seconds: float) -> None:
+        """A request made so many tokens in so long; of all that ran there meanwhile, itself among
+        them, the seconds sum up to that."""
         if tokens <= 0 or seconds <= 0:
             return
+        running = lease_seconds / seconds
         self.seen += 1
         share = max(CROWDING_SHARE, 1 / self.seen)
         off, slow = running - self.running, seconds / tokens - self.token_s
@@ -113,11 +118,23 @@ class Crowding:
         self.token_s += share * slow
         self.variance += share * ((1 - share) * off * off - self.variance)
         self.covariance += share * ((1 - share) * off * slow - self.covariance)
+        share = max(PACE_SHARE, 1 / self.seen)
+        self.lately_running += share * (running - self.lately_running)
+        self.lately_token_s += share * (seconds / tokens - self.lately_token_s)
 
     @property
     def request_s(self) -> float:
         """Seconds a token for each request; never negative."""
         return max(0.0, self.covariance / (self.variance + CROWDING_DOUBT))
+
+    def expected_s(self, running: float) -> float | None:
+        """Seconds a token among so many; None before the first report. The line never falls below
+        one through the origin: with nobody beside it no token takes less than nothing."""
+        if not self.seen:
+            return None
+        steepest = self.lately_token_s / max(1.0, self.lately_running)
+        slope = min(self.request_s, steepest)
+        return self.lately_token_s + slope * (max(1.0, running) - max(1.0, self.lately_running))
 
     def sooner(self, here: int, there: int) -> float:
         """The share of a token's time that is saved among `there` requests instead of `here`."""

@@ -144,6 +144,8 @@ class Request:
     """Leased: its prefill on its present worker is over."""
     heard_at: float = 0.0
     """Leased: when its worker last reported on it."""
+    lease_seconds: float = 0.0
+    """Leased: those of its worker (credit.py) at that time."""
     evicted_at: float = 0.0
     """When it last lost its place for want of memory; 0: never. It comes back first."""
     evictions: int = 0
