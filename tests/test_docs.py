@@ -97,7 +97,7 @@ def test_curl_examples_of_the_readme_send_json() -> None:
         assert json.loads(body)["model"]
 
 
-def test_readme_and_banner_show_the_same_curl() -> None:
+def test_readme_and_banner_show_the_same_curl_first() -> None:
     fields = dict.fromkeys(("policy", "engine", "workers", "bus"), "")
     banner = BANNER.format(url="http://127.0.0.1:8000", seconds=1, model="demo_model", **fields)
     shown = [
@@ -106,7 +106,7 @@ def test_readme_and_banner_show_the_same_curl() -> None:
     ]
     assert len(shown[0]) == 1
     assert [shlex.split(command.replace("\\\n", " ")) for command in shown[0]] == [
-        shlex.split(command.replace("\\\n", " ")) for command in shown[1]
+        shlex.split(command.replace("\\\n", " ")) for command in shown[1][:1]
     ]
 
 

@@ -31,14 +31,22 @@ def event(content: dict[str, Any]) -> bytes:
 
 def waiting_comment(call: Call, now: float) -> bytes:
     """A comment for a stream that has nothing else to say: what is expected from now on, in
-    milliseconds, as it was predicted when the call was accepted."""
+    milliseconds, as it was predicted when the call was accepted. Of what is over nothing is said,
+    but by how much a start is late."""
     if call.promise is None:
         return b": waiting\n\n"
-    start_s, finish_s = (max(0.0, at - now) for at in call.promise)
+    start_s, finish_s = (at - now for at in call.promise)
     begun = any(choice.first_token_at is not None for choice in call.choices)
-    words = [] if begun else [f"start-ms={start_s * 1_000:.0f}"]
-    words.append(f"finish-ms={finish_s * 1_000:.0f}")
-    return f": waiting, predicted {' '.join(words)}\n\n".encode()
+    words = []
+    if not begun:
+        words.append(_milliseconds("start", start_s) or _milliseconds("late", -start_s))
+    words.append(_milliseconds("finish", finish_s))
+    said = " ".join(filter(None, words))
+    return f": waiting, predicted {said}\n\n".encode() if said else b": waiting\n\n"
+
+
+def _milliseconds(name: str, seconds: float) -> str:
+    return f"{name}-ms={seconds * 1_000:.0f}" if seconds > 0 else ""
 
 
 class Writer:

@@ -39,17 +39,17 @@ def test_first_tokens_are_told_by_own_input_and_by_what_is_queued_before() -> No
     firsts = FirstTokens()
     for number in range(300):
         own, before = 100 + number * 37 % 4_000, number * 53 % 3_000
-        firsts.saw(own, before, 0.05 + own * 2e-4 + before * 5e-5)
-    assert firsts.after_s(1_000, 2_000) == pytest.approx(0.35, rel=0.05)
+        firsts.saw(own, before, 0, 0.05 + own * 2e-4 + before * 5e-5)
+    assert firsts.after_s(1_000, 2_000, 0) == pytest.approx(0.35, rel=0.05)
     assert firsts.token_s == pytest.approx(2e-4, rel=0.05)
 
 
 def test_alike_first_tokens_tell_no_more_than_they_do() -> None:
     firsts = FirstTokens()
     for _ in range(300):
-        firsts.saw(500, 0, 0.2)
-    assert firsts.after_s(500, 0) == pytest.approx(0.2, rel=0.05)
-    assert 0.0 < firsts.after_s(1_000, 0) < 0.4
+        firsts.saw(500, 0, 0, 0.2)
+    assert firsts.after_s(500, 0, 0) == pytest.approx(0.2, rel=0.05)
+    assert 0.0 < firsts.after_s(1_000, 0, 0) < 0.4
 
 
 def test_work_ahead_is_counted_by_priority_and_goes_with_who_leaves() -> None:

@@ -61,6 +61,7 @@ class Credit:
         request.blocks = self.blocks_for(request, until)
         request.first_token = False
         request.backlog_tokens = request.input_tokens
+        request.beside = len(self.leases)
         self.leases[request.request_id] = request
         self.blocks += request.blocks
         self.worst_blocks += self.blocks_for(request, request.spec.max_tokens)

@@ -38,11 +38,11 @@ def take_report(
     if first:
         own = request.backlog_tokens
         books.pace.saw_prefill(request.backlog_ahead, passed_s)
-        books.firsts.saw(own, request.backlog_ahead - own, passed_s)
+        books.firsts.saw(own, request.backlog_ahead - own, request.beside, passed_s)
         worker.credit.prefilled(request, now)
     else:
         books.pace.saw_tokens(made, passed_s)
-        books.crowding.saw(lease_seconds - request.lease_seconds, made, passed_s)
+        books.crowding.saw(lease_seconds - request.lease_seconds, made, passed_s, now)
     if made and not request.tokens:
         books.promises.began(request, now)
     request.tokens, request.heard_at, request.lease_seconds = joined, now, lease_seconds

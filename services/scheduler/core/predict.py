@@ -48,13 +48,22 @@ class Prediction:
     outputs: Sequence[int]
     """Lengths that like requests lately had, ascending; empty: nothing is known."""
 
-    def chance_of_finish(self, within_s: float, late: float = 1.0) -> float:
-        """That it ends within so many seconds, should it begin `late` times as late as said; 1 if
-        nothing is known of outputs and it begins in time."""
-        left_s = within_s - self.start_s * late
+    output_max: int
+    """It ends there at the latest."""
+
+    def chance_of_finish(self, left_s: float) -> float:
+        """That it ends so soon after its first token; 1 if that is not too soon and nothing is
+        known of outputs."""
         if left_s < 0:
             return 0.0
-        return share_within(self.outputs, 1 + left_s / self.token_s) if self.outputs else 1.0
+        fit = 1 + left_s / self.token_s
+        if fit >= self.output_max or not self.outputs:
+            return 1.0
+        return share_within(self.outputs, fit)
+
+    def output_within(self, share: float) -> int:
+        """The length that it exceeds with no more than the rest of this chance; 1: not known."""
+        return min(self.output_max, quantile(self.outputs, share)) if self.outputs else 1
 
 
 def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
@@ -64,21 +73,19 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     outputs = books.outputs.like(own)
     length = min(_length(books, outputs), spec.max_tokens)
     if not books.leased:
-        return _of_batches(books, own, length, outputs)
+        return _of_batches(books, spec, length, outputs)
     wait_s, queue_s = _waits_s(books, spec, own, now)
     backlog = books.board.least_backlog(now, estimated=False)
-    start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0)
-    token_s = token_time_s(books)
-    finish_s = start_s + max(0, length - 1) * token_s
-    return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs)
-
-
-def token_time_s(books: Books) -> float:
-    """Leased: seconds between tokens with as many beside it as run now. Of bursty Azure
-    conversations the median error of finishes was 31 % with the pace of the latest reports, whatever
-    ran beside them, 30 % with this, and the same in steady load [T]; after a burst nothing runs, and
-    only this says so."""
     running = books.board.running / max(1, books.board.taking)
+    start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0, running)
+    token_s = token_time_s(books, running)
+    finish_s = start_s + max(0, length - 1) * token_s
+    return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs, spec.max_tokens)
+
+
+def token_time_s(books: Books, running: float) -> float:
+    """Leased: seconds between tokens with so many beside it, those that run now. What ran beside
+    the latest reports tells as well while load is steady; after a burst it is far off [T]."""
     known_s = books.crowding.expected_s(running)
     return books.pace.token_s if known_s is None else known_s
 
@@ -195,12 +202,14 @@ def _length(books: Books, outputs: Sequence[int]) -> int:
     return middle(outputs) if outputs else books.outputs.guess()
 
 
-def _of_batches(books: Books, own: int, length: int, outputs: Sequence[int]) -> Prediction:
+def _of_batches(books: Books, spec: RequestSpec, length: int, outputs: Sequence[int]) -> Prediction:
     """Closed: a wait before every slice, and each slice as long as such batches take."""
     wait_s, cost = predicted_wait_s(books), books.costs.cost
+    own = tokens.count(spec.prompt)
     slice_tokens = min(length, books.constants.slice_tokens)
     rows = max(1, round(books.rounds.batch_size_mean))
     first_s, slice_s = cost.slice_s(rows, own, 1), cost.slice_s(rows, own, slice_tokens)
     token_s = max(1e-6, (wait_s + slice_s) / max(1, slice_tokens))
     finish_s = wait_s + max(first_s, length * token_s - wait_s)
-    return Prediction(wait_s, wait_s, wait_s + first_s, finish_s, token_s, length, outputs)
+    start_s = wait_s + first_s
+    return Prediction(wait_s, wait_s, start_s, finish_s, token_s, length, outputs, spec.max_tokens)

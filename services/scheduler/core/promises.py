@@ -1,8 +1,9 @@
 """Promises: what was predicted for each accepted request, against what came.
 
 The errors go out as metrics. How often a first token came later than was said also sets the margin
-with which deadlines are judged: `late` is steered so that only one start in twenty is later than
-`late` times its prediction, on any workload.
+with which deadlines are judged: it is steered so that only one start in twenty is later than so
+many times its prediction, on any workload. Those that wait and those that begin at once have a
+margin each, since one says nothing of the other.
 """
 
 from collections import deque
@@ -20,7 +21,7 @@ LATE_STEP = 0.05
 LATE_FIRST = 1.25
 LATE_MAX = 4.0
 WAITED_S = 0.3
-"""Starts predicted sooner say nothing of waits."""
+"""Who is told to start sooner begins at once, or nearly."""
 
 
 class Miss(NamedTuple):
@@ -38,12 +39,20 @@ class Promises:
     misses: deque[Miss] = field(default_factory=lambda: deque(maxlen=KEPT))
     compared: int = 0
     """Ever; the latest of them are in `misses`."""
-    _log_late: float = log(LATE_FIRST)
+    heard_at: float = 0.0
+    """When a request last began or ended."""
+    _log_waiting: float = log(LATE_FIRST)
+    _log_at_once: float = log(LATE_FIRST)
 
     @property
     def late(self) -> float:
-        """Multiply a predicted start by this to be safe."""
-        return exp(self._log_late)
+        """Multiply a predicted start after a wait by this to be safe."""
+        return exp(self._log_waiting)
+
+    def safe_s(self, start_s: float) -> float:
+        """A predicted start, with its margin."""
+        margin = self._log_waiting if start_s >= WAITED_S else self._log_at_once
+        return start_s * exp(margin)
 
     def made(self, request: Request, start_s: float, finish_s: float) -> None:
         """It was accepted, and this was said."""
@@ -51,17 +60,20 @@ class Promises:
 
     def began(self, request: Request, now: float) -> None:
         """Its very first token is here."""
+        self.heard_at = now
         predicted_s, actual_s = request.predicted_start_s, now - request.arrived_at
         if predicted_s <= 0 or actual_s <= 0:
             return
         self._note("start", predicted_s, actual_s)
+        later = actual_s > self.safe_s(predicted_s)
         if predicted_s >= WAITED_S:
-            later = actual_s > predicted_s * self.late
-            step = LATE_STEP if later else -LATE_STEP * LATE_SHARE / (1 - LATE_SHARE)
-            self._log_late = min(max(0.0, self._log_late + step), log(LATE_MAX))
+            self._log_waiting = _steered(self._log_waiting, later=later)
+        else:
+            self._log_at_once = _steered(self._log_at_once, later=later)
 
     def ended(self, request: Request, now: float) -> None:
         """It is complete."""
+        self.heard_at = now
         predicted_s, actual_s = request.predicted_finish_s, now - request.arrived_at
         if predicted_s > 0 and actual_s > 0:
             self._note("finish", predicted_s, actual_s)
@@ -69,3 +81,9 @@ class Promises:
     def _note(self, kind: Literal["start", "finish"], predicted_s: float, actual_s: float) -> None:
         self.compared += 1
         self.misses.append(Miss(kind, abs(predicted_s - actual_s) / actual_s))
+
+
+def _steered(margin: float, *, later: bool) -> float:
+    """The logarithm of a margin after one more start."""
+    step = LATE_STEP if later else -LATE_STEP * LATE_SHARE / (1 - LATE_SHARE)
+    return min(max(0.0, margin + step), log(LATE_MAX))

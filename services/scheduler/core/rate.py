@@ -41,8 +41,9 @@ class Pace:
 
 FIRSTS_SHARE = 0.01
 """Of a new sample in what first tokens take: about the last hundred count."""
-FIRSTS_GUESS = (0.03, 0.1, 0.03)
-"""Seconds; seconds for a thousand tokens of own input, and of input queued before it [T]."""
+FIRSTS_GUESS = (0.03, 0.1, 0.03, 0.0)
+"""Seconds; seconds for a thousand tokens of own input, and of input queued before it, and for a
+hundred requests beside it [T]."""
 FIRSTS_DOUBT = 1.0
 """What the guess weighs, for good, beside 1 / seconds of each sample: while all requests are alike
 it tells one coefficient from another."""
@@ -53,31 +54,33 @@ FIRSTS_AT_LEAST_S = 0.05
 @dataclass(slots=True)
 class FirstTokens:
     """Seconds from the placing of a request to its first token: a plane through what reports tell,
-    over its own input and the prefill that was queued before it. For predictions only."""
+    over its own input, the prefill that was queued before it, and how many requests were there:
+    of short prompts that come at once each is delayed by those before it, whatever they hold. For
+    predictions only."""
 
     _moments: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]" = field(
-        default_factory=lambda: np.zeros((3, 4))
+        default_factory=lambda: np.zeros((4, 5))
     )
-    """Weighted sums of products of (1, own, before) with themselves and the seconds."""
-    _known: tuple[float, float, float] = FIRSTS_GUESS
+    """Weighted sums of products of (1, own, before, beside) with themselves and the seconds."""
+    _known: tuple[float, float, float, float] = FIRSTS_GUESS
 
-    def saw(self, own_tokens: int, before_tokens: int, seconds: float) -> None:
+    def saw(self, own_tokens: int, before_tokens: int, beside: int, seconds: float) -> None:
         """One took so long."""
         if own_tokens <= 0 or seconds <= 0:
             return
-        row = np.array((1.0, own_tokens / 1000, max(0, before_tokens) / 1000, seconds))
+        before = max(0, before_tokens) / 1000
+        row = np.array((1.0, own_tokens / 1000, before, beside / 100, seconds))
         self._moments *= 1.0 - FIRSTS_SHARE
-        self._moments += np.outer(row[:3], row) / max(seconds, FIRSTS_AT_LEAST_S)
-        left = self._moments[:, :3] + FIRSTS_DOUBT * np.eye(3)
-        right = self._moments[:, 3] + FIRSTS_DOUBT * np.array(FIRSTS_GUESS)
-        fitted = np.linalg.solve(left, right)
-        fixed, own, before = (max(0.0, float(value)) for value in fitted)
-        self._known = fixed, own, before
+        self._moments += np.outer(row[:4], row) / max(seconds, FIRSTS_AT_LEAST_S)
+        left = self._moments[:, :4] + FIRSTS_DOUBT * np.eye(4)
+        right = self._moments[:, 4] + FIRSTS_DOUBT * np.array(FIRSTS_GUESS)
+        fixed, own, queued, company = np.maximum(0.0, np.linalg.solve(left, right)).tolist()
+        self._known = fixed, own, queued, company
 
-    def after_s(self, own_tokens: int, before_tokens: float) -> float:
+    def after_s(self, own_tokens: int, before_tokens: float, beside: float) -> float:
         """From its placing to its first token."""
-        fixed, own, before = self._known
-        return fixed + (own * own_tokens + before * before_tokens) / 1000
+        fixed, own, before, company = self._known
+        return fixed + (own * own_tokens + before * before_tokens) / 1000 + company * beside / 100
 
     @property
     def token_s(self) -> float:
@@ -89,6 +92,8 @@ CROWDING_SHARE = 0.002
 """Of a new sample in the line of pace over company: about the last 500 count."""
 CROWDING_DOUBT = 4.0
 """Requests squared: while batches differ less than by two requests, nothing is said."""
+LATELY_S = 60.0
+"""After so long without a report the latest ones are forgotten but for 1/e."""
 
 
 @dataclass(slots=True)
@@ -104,8 +109,9 @@ class Crowding:
     covariance: float = 0.0
     lately_running: float = 0.0
     lately_token_s: float = 0.0
+    at: float = 0.0
 
-    def saw(self, lease_seconds: float, tokens: int, seconds: float) -> None:
+    def saw(self, lease_seconds: float, tokens: int, seconds: float, now: float) -> None:
         """A request made so many tokens in so long; of all that ran there meanwhile, itself among
         them, the seconds sum up to that."""
         if tokens <= 0 or seconds <= 0:
@@ -118,7 +124,8 @@ class Crowding:
         self.token_s += share * slow
         self.variance += share * ((1 - share) * off * off - self.variance)
         self.covariance += share * ((1 - share) * off * slow - self.covariance)
-        share = max(PACE_SHARE, 1 / self.seen)
+        share = max(PACE_SHARE, 1 / self.seen, 1 - math.exp((self.at - now) / LATELY_S))
+        self.at = now
         self.lately_running += share * (running - self.lately_running)
         self.lately_token_s += share * (seconds / tokens - self.lately_token_s)
 

@@ -7,7 +7,8 @@ everybody is told: it can be foretold, since nothing joins meanwhile; a door tha
 place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
 is refused for it hears how long one that names no deadline would wait for its first token; where a
 mean rate says little, from rehearsals (rehearsing.py). If it would be missed without any queue too,
-trying again does not help, and that is said.
+trying again does not help, and that is said. What is known of times comes from those who were let
+in: so an empty mesh that has heard nothing for a while lets one in to find out.
 """
 
 import msgspec
@@ -30,6 +31,10 @@ from shared import tokens
 from shared.messages import Rejected, RequestSpec
 
 RETRY_MIN_S = 0.1
+UNPROVEN_S = 5.0
+"""An empty mesh of which nothing was heard for so long lets somebody in to find out."""
+UNPROVEN_LEAST = 0.05
+"""Of what is expected: who allows less is not the one."""
 
 
 def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | None, Prediction]:
@@ -103,27 +108,46 @@ def _too_late(
     books: Books, spec: RequestSpec, prediction: Prediction, now: float
 ) -> Rejected | None:
     """A deadline that would be missed."""
-    late, wanted = books.promises.late, books.constants.deadline_chance
+    if _unproven(books, spec, prediction, now):
+        return None
+    promises, wanted = books.promises, books.constants.deadline_chance
     alone_s = prediction.start_s - prediction.wait_s
     if spec.ttft_deadline_ms is not None:
-        within_s = spec.ttft_deadline_ms / 1000
-        if prediction.start_s * late > within_s:
-            safe_s = prediction.start_s * late
-            detail = f"the first token is expected in {prediction.start_s:.2f} s"
-            detail += f", or {safe_s:.2f} s if it is late; {within_s:.2f} s are allowed"
-            helps = alone_s * late <= within_s
+        within_s, safe_s = spec.ttft_deadline_ms / 1000, promises.safe_s(prediction.start_s)
+        if safe_s > within_s:
+            detail = f"the first token is expected in {_in_words(prediction.start_s)}"
+            detail += f", or {_in_words(safe_s)} if it is late"
+            detail += f"; {_in_words(within_s)} are allowed"
+            helps = promises.safe_s(alone_s) <= within_s
             retry_s = _patient_s(books, spec, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     if spec.deadline_ms is not None:
         within_s = spec.deadline_ms / 1000
-        chance = prediction.chance_of_finish(within_s, late)
+        chance = prediction.chance_of_finish(within_s - promises.safe_s(prediction.start_s))
         if chance < wanted:
-            detail = f"the end is expected in {prediction.finish_s:.2f} s"
-            detail += f"; within {within_s:.2f} s its chance is {chance:.0%}, asked {wanted:.0%}"
-            helps = prediction.chance_of_finish(within_s + prediction.wait_s * late, late) >= wanted
+            detail = f"the end is expected in {_in_words(prediction.finish_s)}; within "
+            detail += f"{_in_words(within_s)} its chance is {chance:.0%}, asked {wanted:.0%}"
+            helps = prediction.chance_of_finish(within_s - promises.safe_s(alone_s)) >= wanted
             retry_s = _patient_s(books, spec, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     return None
+
+
+def _unproven(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> bool:
+    """Whether it is let in to find out: nothing is open, and for a while nothing has begun or
+    ended, so that what is known of times may be out of date; where everybody names a deadline only
+    who is let in can tell. Not who asks for a small part of what is expected."""
+    if books.requests.open or now - books.promises.heard_at < UNPROVEN_S or not books.leased:
+        return False
+    limits = (spec.ttft_deadline_ms, prediction.start_s), (spec.deadline_ms, prediction.finish_s)
+    return all(
+        within_ms is None or within_ms / 1000 >= UNPROVEN_LEAST * expected_s
+        for within_ms, expected_s in limits
+    )
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
 def _patient_s(books: Books, spec: RequestSpec, now: float) -> float:

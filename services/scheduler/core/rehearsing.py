@@ -9,11 +9,12 @@ rate tells well enough.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
 from services.scheduler.core.books import Books
 from services.scheduler.core.comers import Comer
-from services.scheduler.core.outputs import middle, quantile
+from services.scheduler.core.outputs import middle
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.predict import Prediction
 from services.scheduler.core.rehearsal import (
@@ -82,8 +83,8 @@ def start_within_s(books: Books, spec: RequestSpec, prediction: Prediction) -> f
     if spec.ttft_deadline_ms is not None:
         within_s = spec.ttft_deadline_ms / 1000
     if spec.deadline_ms is not None:
-        outputs, wanted = prediction.outputs, books.constants.deadline_chance
-        decode_s = (quantile(outputs, wanted) - 1) * prediction.token_s if outputs else 0.0
+        tokens = prediction.output_within(books.constants.deadline_chance)
+        decode_s = (tokens - 1) * prediction.token_s
         within_s = min(within_s, spec.deadline_ms / 1000 - decode_s)
     return within_s
 
@@ -109,7 +110,7 @@ def _scene(books: Books, now: float) -> Scene | None:
         outputs=lambda tokens: books.outputs.like(tokens) or guess,
         token_s=books.pace.token_s,
         prefill_token_s=max(1e-9, books.firsts.token_s),
-        after_s=books.firsts.after_s,
+        after_s=partial(books.firsts.after_s, beside=books.board.running / max(1, usable)),
         served_per_s=served.per_s(now, guess=usable / books.pace.prefill_token_s),
         served_tokens=served.event_work,
         lease_tokens=LEASE_PACINGS[books.preset.pacing](0, constants),

@@ -138,6 +138,8 @@ class Request:
     """Leased: input that is still to be prefilled there; counts in whole until the first token."""
     backlog_ahead: int = 0
     """Leased: all prefill that was queued there when it joined, its own counted."""
+    beside: int = 0
+    """Leased: how many others had a lease there when it joined."""
     prefix_keys: tuple[bytes, ...] | None = None
     """Leased: names of its prompt's beginnings; None: nobody has asked for them."""
     first_token: bool = False
