@@ -147,6 +147,15 @@ def test_a_mesh_that_heard_nothing_for_a_while_lets_one_in_to_find_out() -> None
     assert isinstance(mesh.ask(max_tokens=200, deadline_ms=20_000), Rejected), "one is enough"
 
 
+def test_nobody_is_let_in_to_find_out_where_there_is_no_worker() -> None:
+    bench = Bench("tranche")
+    bench.after(10 * UNPROVEN_S)
+    bench.say(GatewayBeat(gateway="g1"))
+    (answer,) = bench.say(submit("r1", ttft_deadline_ms=5_000))
+    assert isinstance(answer, Rejected)
+    assert answer.reason == "deadline"
+
+
 def test_the_latest_reports_count_more_after_a_pause() -> None:
     at_once, later = Crowding(), Crowding()
     for crowding, pause_s in ((at_once, 0.0), (later, 600.0)):

@@ -137,7 +137,8 @@ def _unproven(books: Books, spec: RequestSpec, prediction: Prediction, now: floa
     """Whether it is let in to find out: nothing is open, and for a while nothing has begun or
     ended, so that what is known of times may be out of date; where everybody names a deadline only
     who is let in can tell. Not who asks for a small part of what is expected."""
-    if books.requests.open or now - books.promises.heard_at < UNPROVEN_S or not books.leased:
+    idle = books.leased and not books.requests.open and prediction.wait_s == 0.0
+    if not idle or now - books.promises.heard_at < UNPROVEN_S:
         return False
     limits = (spec.ttft_deadline_ms, prediction.start_s), (spec.deadline_ms, prediction.finish_s)
     return all(
