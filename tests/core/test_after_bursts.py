@@ -3,9 +3,10 @@
 import pytest
 
 from services.scheduler.core.promises import Promises
-from services.scheduler.core.rate import Crowding, FirstTokens
+from services.scheduler.core.rate import FirstTokens
 from services.scheduler.core.refusals import UNPROVEN_S
 from services.scheduler.core.settings import Constants
+from services.scheduler.core.token_times import TokenTimes
 from shared import tokens
 from shared.messages import (
     Accepted,
@@ -55,13 +56,13 @@ class Mesh(Bench):
         assert len(orders) == count
         began, token_s = self.now, 0.001 + BESIDE_S * (count - 1)
         self.pass_s(FIRST_S)
-        self._report(orders, 0, 1, ended=False)
+        self.report(orders, 0, 1, ended=False)
         self.pass_s(token_s * (output - 1))
-        self._report(orders, 1, output - 1, ended=True)
+        self.report(orders, 1, output - 1, ended=True)
         assert not self.core.books.requests.open
         return self.now - began
 
-    def _report(self, orders: list[SliceOrder], at: int, count: int, *, ended: bool) -> None:
+    def report(self, orders: list[SliceOrder], at: int, count: int, *, ended: bool) -> None:
         results = tuple(
             SliceResult(
                 request_id=order.spec.request_id,
@@ -130,13 +131,18 @@ def test_who_comes_beside_many_is_told_of_them(mesh: Mesh) -> None:
     assert told_s > 5 * alone_s
 
 
-def test_a_mesh_that_heard_nothing_for_a_while_lets_one_in_to_find_out() -> None:
-    """It was slow for a reason of its own; if all name deadlines, nobody else could tell."""
-    mesh = Mesh()
-    mesh.core.books.crowding.saw(1.0, 1, 1.0, mesh.now)
+def slow_before(mesh: Mesh) -> None:
+    """It was slow for a reason of its own, and heard nothing since: a second for each token."""
+    mesh.core.books.token_times.saw(1.0, 1, 1.0, mesh.now)
     for _ in range(40):
         mesh.core.books.outputs.saw(10, 200)
     mesh.core.books.promises.heard_at = mesh.now
+
+
+def test_a_mesh_that_heard_nothing_for_a_while_lets_one_in_to_find_out() -> None:
+    """If all name deadlines, nobody else could tell."""
+    mesh = Mesh()
+    slow_before(mesh)
     assert isinstance(mesh.ask(max_tokens=200, deadline_ms=20_000), Rejected)
     mesh.pass_s(UNPROVEN_S)
     tight = mesh.ask(max_tokens=200, deadline_ms=2_000)
@@ -145,6 +151,48 @@ def test_a_mesh_that_heard_nothing_for_a_while_lets_one_in_to_find_out() -> None
     assert isinstance(answer, Accepted)
     assert answer.finish_s > 100, "it is told what is expected all the same"
     assert isinstance(mesh.ask(max_tokens=200, deadline_ms=20_000), Rejected), "one is enough"
+
+
+def test_who_allows_little_is_let_in_after_a_longer_silence() -> None:
+    mesh = Mesh()
+    slow_before(mesh)
+    mesh.pass_s(6 * UNPROVEN_S)
+    assert isinstance(mesh.ask(max_tokens=200, deadline_ms=2_000), Accepted)
+
+
+def test_the_first_that_are_let_in_are_enough_to_know_better() -> None:
+    mesh = Mesh()
+    for _ in range(5):
+        slow_before(mesh)
+    for _ in range(4):
+        mesh.serve(1, 200)
+        mesh.pass_s(UNPROVEN_S)
+    answer = mesh.ask(max_tokens=200, deadline_ms=1_000)
+    assert isinstance(answer, Accepted)
+    assert answer.finish_s < 1.0
+
+
+def test_who_is_refused_for_the_crowd_may_come_again(mesh: Mesh) -> None:
+    """Alone it would be in time: so it helps to wait until some of the crowd have ended."""
+    for _ in range(60):
+        assert isinstance(mesh.ask(max_tokens=200), Accepted)
+    answer = mesh.ask(max_tokens=200, deadline_ms=1_000)
+    assert isinstance(answer, Rejected)
+    assert answer.retry_after_s is not None
+    assert 1.0 < answer.retry_after_s < 3.7
+    assert "or 3." in answer.detail, "what is refused is what is said"
+    never = mesh.ask(max_tokens=200, deadline_ms=100)
+    assert isinstance(never, Rejected)
+    assert never.retry_after_s is None
+
+
+def test_an_idle_worker_is_not_told_the_crowd_of_another(mesh: Mesh) -> None:
+    for _ in range(60):
+        mesh.ask(max_tokens=200)
+    mesh.join("w2", forms=("leased",), capacity=50_000, context_tokens_max=4_000)
+    answer = mesh.ask(max_tokens=200, deadline_ms=1_000)
+    assert isinstance(answer, Accepted)
+    assert answer.finish_s < 0.6
 
 
 def test_nobody_is_let_in_to_find_out_where_there_is_no_worker() -> None:
@@ -156,26 +204,47 @@ def test_nobody_is_let_in_to_find_out_where_there_is_no_worker() -> None:
     assert answer.reason == "deadline"
 
 
-def test_the_latest_reports_count_more_after_a_pause() -> None:
-    at_once, later = Crowding(), Crowding()
-    for crowding, pause_s in ((at_once, 0.0), (later, 600.0)):
-        for number in range(100):
-            crowding.saw(1.0, 10, 10.0, float(number))
-        crowding.saw(0.01, 10, 0.01, 100.0 + pause_s)
-    assert at_once.expected_s(1) == pytest.approx(0.95, rel=0.01)
-    assert later.expected_s(1) == pytest.approx(0.001, rel=0.1)
-
-
-def test_no_company_makes_a_token_free() -> None:
-    """A line through two crowds may cross zero; the one through the origin is its bound."""
-    crowding = Crowding()
-    assert crowding.expected_s(1) is None
+def test_a_crowd_teaches_nothing_of_one_alone() -> None:
+    """However steep the line is: 1 ms, and 4 ms for each that runs beside it."""
+    times = TokenTimes()
+    assert times.expected_s(1) is None
+    for number in range(10):
+        times.saw(0.001, 1, 0.001, float(number) / 100)
     for number in range(1_000):
+        times.saw(60 * 0.24, 1, 0.24, 1.0 + number / 1_000)
+    assert times.expected_s(1) == pytest.approx(0.001, rel=0.01)
+    assert times.expected_s(60) == pytest.approx(0.24, rel=0.01)
+    assert times.expected_s(30) == pytest.approx(0.12, rel=0.05)
+    assert times.expected_s(100) == pytest.approx(0.4, rel=0.02)
+
+
+def test_a_line_through_two_crowds_never_makes_a_token_free() -> None:
+    times = TokenTimes()
+    for number in range(100):
         running, token_s = ((20, 0.001), (40, 0.04))[number % 2]
-        crowding.saw(running * token_s, 1, token_s, float(number))
-    expected_s = crowding.expected_s(0)
-    assert expected_s is not None
-    assert 0 < expected_s < 0.002
+        times.saw(running * token_s, 1, token_s, number / 100)
+    alone_s = times.expected_s(1)
+    assert alone_s is not None
+    assert 0 < alone_s <= 0.001
+
+
+def test_one_stall_is_no_more_than_a_stall() -> None:
+    """The first sample of an engine that compiles, and one after a pause."""
+    times = TokenTimes()
+    times.saw(10.0, 19, 10.0, 0.0)
+    for number in range(10):
+        times.saw(0.2, 200, 0.2, 10.0 + number)
+    warm_s = times.expected_s(1)
+    assert warm_s is not None
+    assert warm_s < 0.003
+    times.saw(20.0, 200, 20.0, 600.0)
+    stalled_s = times.expected_s(1)
+    assert stalled_s is not None
+    assert stalled_s < 0.02
+    times.saw(0.2, 200, 0.2, 660.0)
+    better_s = times.expected_s(1)
+    assert better_s is not None
+    assert better_s < 0.005
 
 
 def test_first_tokens_are_delayed_by_those_that_came_before() -> None:
@@ -194,3 +263,20 @@ def test_starts_at_once_have_a_margin_of_their_own() -> None:
         promises.began(request, 0.3)
     assert promises.safe_s(0.1) >= 0.3
     assert promises.safe_s(2.0) == pytest.approx(2.5), "nobody has waited"
+    starts_s = [number / 100 for number in range(1, 100)]
+    assert sorted(starts_s, key=promises.safe_s) == starts_s, "a later start is never safer"
+
+
+def test_who_stood_still_tells_nothing_of_tokens(mesh: Mesh) -> None:
+    """Its lease is used up, and the next comes late: that is not how long its tokens take."""
+    before_s = mesh.core.books.token_times.expected_s(1)
+    said = mesh.say(submit("long", max_tokens=3_000))
+    (order,) = [o for run in said if isinstance(run, RunSlice) for o in run.orders]
+    mesh.pass_s(FIRST_S)
+    mesh.report([order], 0, 1, ended=False)
+    mesh.pass_s(0.001 * (order.lease_tokens - 1))
+    mesh.report([order], 1, order.lease_tokens - 1, ended=False)
+    assert mesh.core.books.requests.open["long"].stood
+    mesh.pass_s(2.0)
+    mesh.report([order], order.lease_tokens, 10, ended=False)
+    assert mesh.core.books.token_times.expected_s(1) == pytest.approx(before_s, rel=0.05)

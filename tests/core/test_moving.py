@@ -31,7 +31,7 @@ def test_crowding_is_the_slope_of_pace_over_company() -> None:
     crowding = Crowding()
     for running in [*range(1, 60), *range(60, 0, -1)] * 5:
         seconds = 64 * (0.02 + 0.0004 * running)
-        crowding.saw(running * seconds, 64, seconds, now=0.0)
+        crowding.saw(running * seconds, 64, seconds)
     assert crowding.request_s == pytest.approx(0.0004, rel=0.05)
 
 
@@ -41,7 +41,7 @@ def test_sooner_is_a_share_of_a_token() -> None:
     assert crowding.sooner(30, 10) == 0.0
     for running in [*range(1, 60), *range(60, 0, -1)] * 5:
         seconds = 64 * (0.02 + 0.0004 * running)
-        crowding.saw(running * seconds, 64, seconds, now=0.0)
+        crowding.saw(running * seconds, 64, seconds)
     assert crowding.sooner(30, 10) == pytest.approx(0.25, rel=0.05)
     assert crowding.sooner(10, 10) == 0.0
 
@@ -50,7 +50,7 @@ def test_nothing_is_said_of_batches_that_are_all_alike() -> None:
     crowding = Crowding()
     for number in range(1000):
         seconds = 64 * (0.02 + 0.01 * (number % 2))
-        crowding.saw((30 + number % 2) * seconds, 64, seconds, now=0.0)
+        crowding.saw((30 + number % 2) * seconds, 64, seconds)
     assert crowding.request_s < 0.001
 
 

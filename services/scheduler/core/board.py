@@ -36,6 +36,8 @@ class Board:
     """KV tokens that no lease reserves; minus infinity: this worker gets nothing now."""
     refused: FloatArray = field(default_factory=_empty)
     """The least input tokens that this worker's gate has refused since its leases last changed."""
+    most: FloatArray = field(default_factory=_empty)
+    """Requests that its engine runs at once."""
     rests_until: FloatArray = field(default_factory=_empty)
     """After a refused order."""
     under_way: FloatArray = field(default_factory=_empty)
@@ -65,6 +67,7 @@ class Board:
         self.free = np.append(self.free, 0.0)
         self.refused = np.append(self.refused, np.inf)
         self.rests_until = np.append(self.rests_until, worker.cool_until)
+        self.most = np.append(self.most, worker.info.batch_size_max or np.inf)
         self.under_way = np.append(self.under_way, 0.0)
         self.since = np.append(self.since, 0.0)
         self.holds = np.append(self.holds, 0.0)
@@ -85,6 +88,7 @@ class Board:
         self.free = np.delete(self.free, place)
         self.refused = np.delete(self.refused, place)
         self.rests_until = np.delete(self.rests_until, place)
+        self.most = np.delete(self.most, place)
         self.under_way = np.delete(self.under_way, place)
         self.since = np.delete(self.since, place)
         self.holds = np.delete(self.holds, place)
@@ -222,11 +226,11 @@ class Board:
     ) -> IntArray:
         """Places that may take a request: so many KV tokens are free, less than so much prefill
         is queued, and no like request has been refused there lately."""
-        gauges = self.written()
+        self.written()
         return np.flatnonzero(
             (self.free >= need_tokens)
             & (self._backlog(now, estimated=estimated) < backlog_below)
-            & (gauges.running < running_below)
+            & self._has_places(running_below)
             & (self.refused > input_tokens)
             & (self.rests_until <= now)
         )
@@ -240,10 +244,10 @@ class Board:
         estimated: bool = False,
     ) -> set[int]:
         """For which of several (need, input), by number, `with_room` finds anybody; all at once."""
-        gauges = self.written()
+        self.written()
         rest = (
             (self._backlog(now, estimated=estimated) < backlog_below)
-            & (gauges.running < running_below)
+            & self._has_places(running_below)
             & (self.rests_until <= now)
         )
         free, refused = self.free[rest], self.refused[rest]
@@ -251,6 +255,9 @@ class Board:
         fitting = (free >= asked[:, 0]) & (refused > asked[:, 1])
         found: IntArray = np.flatnonzero(fitting.any(axis=1))
         return set(found.tolist())
+
+    def _has_places(self, running_below: float) -> BoolArray:
+        return self.gauges.running < np.minimum(running_below, self.most)
 
     def _backlog(self, now: float, *, estimated: bool) -> FloatArray:
         """Prefill that is queued; `estimated`: less what must be done of that under way."""
@@ -264,6 +271,12 @@ class Board:
         self.written()
         taking = self.free > -np.inf
         return float(self._backlog(now, estimated=estimated)[taking].min(initial=np.inf))
+
+    def least_running(self) -> int:
+        """Requests on the worker that takes orders and runs fewest."""
+        self.written()
+        running = self.gauges.running[self.free > -np.inf]
+        return int(running.min()) if running.size else 0
 
     def runs_short_at(self, backlog_below: float, now: float) -> float | None:
         """When the first worker that has too much prefill queued now should have less than so much,
@@ -284,12 +297,12 @@ class Board:
         estimated: bool = False,
     ) -> WaitsFor:
         """Why `with_room` found nobody: the first of these that leaves no worker."""
-        gauges = self.written()
+        self.written()
         left = (self.free > -np.inf) & (self.rests_until <= now)
         steps: tuple[tuple[WaitsFor, BoolArray], ...] = (
             ("workers", left),
             ("room", self.free >= need_tokens),
-            ("places", gauges.running < running_below),
+            ("places", self._has_places(running_below)),
             ("prefill", self._backlog(now, estimated=estimated) < backlog_below),
         )
         for name, passing in steps:

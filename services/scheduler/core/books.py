@@ -26,6 +26,7 @@ from services.scheduler.core.settings import Constants
 from services.scheduler.core.shares import Shares
 from services.scheduler.core.shelf import Shelf
 from services.scheduler.core.state import Request
+from services.scheduler.core.token_times import TokenTimes
 from services.scheduler.core.waits import Door, Waits
 from services.scheduler.core.workers import Batch, Worker, Workers
 from shared.costs import CostFit, load_solver
@@ -137,6 +138,8 @@ class Books:
     """How fast leases go, as the workers' reports tell."""
     crowding: Crowding = field(default_factory=Crowding)
     """How much one request slows the others down."""
+    token_times: TokenTimes = field(default_factory=TokenTimes)
+    """How long tokens take beside so many."""
     firsts: FirstTokens = field(default_factory=FirstTokens)
     """How long first tokens take, from the placing on."""
     waits: Waits = field(default_factory=Waits)

@@ -57,7 +57,7 @@ class Credit:
     def take(self, request: Request, until: int, now: float) -> None:
         """A new lease here."""
         request.until, request.listed = until, 0
-        request.lease_seconds = self.count(now)
+        request.timed_at, request.lease_seconds, request.stood = now, self.count(now), False
         request.blocks = self.blocks_for(request, until)
         request.first_token = False
         request.backlog_tokens = request.input_tokens

@@ -34,7 +34,7 @@ def take_report(
         return
     first = not request.first_token and len(result.tokens) > 0
     made = (len(joined) - len(request.tokens)) // TOKEN_BYTES
-    passed_s, lease_seconds = now - request.heard_at, worker.credit.count(now)
+    passed_s = now - request.heard_at
     if first:
         own = request.backlog_tokens
         books.pace.saw_prefill(request.backlog_ahead, passed_s)
@@ -42,10 +42,13 @@ def take_report(
         worker.credit.prefilled(request, now)
     else:
         books.pace.saw_tokens(made, passed_s)
-        books.crowding.saw(lease_seconds - request.lease_seconds, made, passed_s, now)
+        _timed(books, worker, request, made, now)
     if made and not request.tokens:
         books.promises.began(request, now)
-    request.tokens, request.heard_at, request.lease_seconds = joined, now, lease_seconds
+    request.tokens, request.heard_at = joined, now
+    if first or made:
+        request.timed_at, request.lease_seconds = now, worker.credit.count(now)
+        request.stood = request.output_tokens >= request.until
     if request.output_tokens > request.until:
         worker.credit.extend(request, request.output_tokens)  # it knows of a longer lease than we
     books.lines.charge(request, worker, 0, made)
@@ -59,6 +62,15 @@ def take_report(
         _progress(books, worker, request, first=first)
     else:
         _stopped(books, worker, request, result, made, now)
+
+
+def _timed(books: Books, worker: Worker, request: Request, made: int, now: float) -> None:
+    """How long so many tokens took, beside those that were here meanwhile."""
+    seconds = now - request.timed_at
+    beside_s = worker.credit.count(now) - request.lease_seconds
+    books.crowding.saw(beside_s, made, seconds)
+    if not request.stood:
+        books.token_times.saw(beside_s, made, seconds, now)
 
 
 def _progress(books: Books, worker: Worker, request: Request, *, first: bool) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from services.scheduler.core.books import Books
 from services.scheduler.core.calibration import LEVELS
-from services.scheduler.core.outputs import middle, quantile, share_within
+from services.scheduler.core.outputs import middle, quantile
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
 from services.scheduler.core.state import Request
 from shared import tokens
@@ -50,16 +50,9 @@ class Prediction:
 
     output_max: int
     """It ends there at the latest."""
-
-    def chance_of_finish(self, left_s: float) -> float:
-        """That it ends so soon after its first token; 1 if that is not too soon and nothing is
-        known of outputs."""
-        if left_s < 0:
-            return 0.0
-        fit = 1 + left_s / self.token_s
-        if fit >= self.output_max or not self.outputs:
-            return 1.0
-        return share_within(self.outputs, fit)
+    alone_start_s: float
+    """As `start_s`, if nothing else were there."""
+    alone_token_s: float
 
     def output_within(self, share: float) -> int:
         """The length that it exceeds with no more than the rest of this chance; 1: not known."""
@@ -76,17 +69,27 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
         return _of_batches(books, spec, length, outputs)
     wait_s, queue_s = _waits_s(books, spec, own, now)
     backlog = books.board.least_backlog(now, estimated=False)
-    running = books.board.running / max(1, books.board.taking)
+    running = books.board.least_running()
     start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0, running)
-    token_s = token_time_s(books, running)
+    token_s, alone_s = (_token_time_s(books, count) for count in (running + 1, 1))
     finish_s = start_s + max(0, length - 1) * token_s
-    return Prediction(wait_s, queue_s, start_s, finish_s, token_s, length, outputs, spec.max_tokens)
+    return Prediction(
+        wait_s,
+        queue_s,
+        start_s,
+        finish_s,
+        token_s,
+        length,
+        outputs,
+        output_max=spec.max_tokens,
+        alone_start_s=min(start_s, books.firsts.after_s(own, 0.0, 0.0)),
+        alone_token_s=min(token_s, alone_s),
+    )
 
 
-def token_time_s(books: Books, running: float) -> float:
-    """Leased: seconds between tokens with so many beside it, those that run now. What ran beside
-    the latest reports tells as well while load is steady; after a burst it is far off [T]."""
-    known_s = books.crowding.expected_s(running)
+def _token_time_s(books: Books, running: float) -> float:
+    """Leased: seconds between tokens, among so many."""
+    known_s = books.token_times.expected_s(running)
     return books.pace.token_s if known_s is None else known_s
 
 
@@ -134,15 +137,29 @@ def predicted_wait_s(books: Books) -> float:
     return least_s + pooled * per_request_s / usable
 
 
-def drained_s(books: Books, waiting_tokens: float, now: float) -> float:
-    """Leased: how long it takes to place so much waiting input."""
+def drained_s(books: Books, waiting_tokens: float, now: float, guess: float | None = None) -> float:
+    """Leased: how long it takes to place so much waiting input. `guess`: tokens in a second, where
+    nothing was seen of it yet; None: as fast as prefill goes."""
     usable = books.board.taking
     if not usable:
         return NO_WORKER_WAIT_S
     if waiting_tokens <= 0:
         return 0.0
-    rate = books.waits.served.per_s(now, guess=usable / books.pace.prefill_token_s)
+    guess = usable / books.pace.prefill_token_s if guess is None else guess
+    rate = books.waits.served.per_s(now, guess)
     return min(WAIT_MAX_S, waiting_tokens / rate) if rate > 0 else WAIT_MAX_S
+
+
+def _guessed_per_s(books: Books, now: float) -> float:
+    """Input that is placed in a second: as fast as prefill goes; if memory or places are full, no
+    faster than those that run end."""
+    usable, waiting = books.board.taking, len(books.waits)
+    prefill = usable / books.pace.prefill_token_s
+    running = books.board.running
+    if not waiting or not usable or not running or _has_room(books, 1, now, backlog_below=np.inf):
+        return prefill
+    output_s = books.outputs.guess() * _token_time_s(books, running / usable)
+    return min(prefill, running / output_s * books.waits.tokens / waiting)
 
 
 def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[float, float]:
@@ -161,7 +178,8 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
     # Placings come like the ends that make room for them: the next one is a mean placing away,
     # whenever the last one was.
     taken = ahead + books.waits.served.event_work + own
-    return _opens_s(books, now) + drained_s(books, taken, now), queue_s
+    guess = _guessed_per_s(books, now)
+    return _opens_s(books, now) + drained_s(books, taken, now, guess), queue_s
 
 
 def _opens_s(books: Books, now: float) -> float:
@@ -171,14 +189,16 @@ def _opens_s(books: Books, now: float) -> float:
     return over * books.firsts.token_s if 0 < over < np.inf else 0.0
 
 
-def _has_room(books: Books, own: int, now: float) -> bool:
+def _has_room(books: Books, own: int, now: float, backlog_below: float | None = None) -> bool:
     """Whether some worker has memory for it and little prefill queued. Its gate may say no."""
     constants = books.constants
+    if backlog_below is None:
+        backlog_below = constants.bind_backlog_tokens or np.inf
     lease = LEASE_PACINGS[books.preset.pacing](0, constants)
     eligible = books.board.with_room(
         own + lease - 1,
         own,
-        constants.bind_backlog_tokens or np.inf,
+        backlog_below,
         constants.running_max or np.inf,
         now,
         constants.bind_backlog_estimated,
@@ -211,5 +231,16 @@ def _of_batches(books: Books, spec: RequestSpec, length: int, outputs: Sequence[
     first_s, slice_s = cost.slice_s(rows, own, 1), cost.slice_s(rows, own, slice_tokens)
     token_s = max(1e-6, (wait_s + slice_s) / max(1, slice_tokens))
     finish_s = wait_s + max(first_s, length * token_s - wait_s)
-    start_s = wait_s + first_s
-    return Prediction(wait_s, wait_s, start_s, finish_s, token_s, length, outputs, spec.max_tokens)
+    one_s = cost.slice_s(1, own, slice_tokens) / max(1, slice_tokens)
+    return Prediction(
+        wait_s,
+        wait_s,
+        wait_s + first_s,
+        finish_s,
+        token_s,
+        length,
+        outputs,
+        output_max=spec.max_tokens,
+        alone_start_s=min(first_s, cost.slice_s(1, own, 1)),
+        alone_token_s=min(token_s, max(1e-6, one_s)),
+    )

@@ -51,8 +51,10 @@ class Promises:
 
     def safe_s(self, start_s: float) -> float:
         """A predicted start, with its margin."""
-        margin = self._log_waiting if start_s >= WAITED_S else self._log_at_once
-        return start_s * exp(margin)
+        waiting_s = max(WAITED_S, start_s) * exp(self._log_waiting)
+        if start_s >= WAITED_S:
+            return waiting_s
+        return min(start_s * exp(self._log_at_once), waiting_s)
 
     def made(self, request: Request, start_s: float, finish_s: float) -> None:
         """It was accepted, and this was said."""

@@ -92,26 +92,20 @@ CROWDING_SHARE = 0.002
 """Of a new sample in the line of pace over company: about the last 500 count."""
 CROWDING_DOUBT = 4.0
 """Requests squared: while batches differ less than by two requests, nothing is said."""
-LATELY_S = 60.0
-"""After so long without a report the latest ones are forgotten but for 1/e."""
 
 
 @dataclass(slots=True)
 class Crowding:
     """What each running request adds to the time of every token beside it: the slope of a line
-    through what reports tell, pulled to 0 while all batches are alike. Its height is that of the
-    latest reports: their means of time and company."""
+    through what reports tell, pulled to 0 while all batches are alike."""
 
     seen: int = 0
     running: float = 0.0
     token_s: float = 0.0
     variance: float = 0.0
     covariance: float = 0.0
-    lately_running: float = 0.0
-    lately_token_s: float = 0.0
-    at: float = 0.0
 
-    def saw(self, lease_seconds: float, tokens: int, seconds: float, now: float) -> None:
+    def saw(self, lease_seconds: float, tokens: int, seconds: float) -> None:
         """A request made so many tokens in so long; of all that ran there meanwhile, itself among
         them, the seconds sum up to that."""
         if tokens <= 0 or seconds <= 0:
@@ -124,24 +118,11 @@ class Crowding:
         self.token_s += share * slow
         self.variance += share * ((1 - share) * off * off - self.variance)
         self.covariance += share * ((1 - share) * off * slow - self.covariance)
-        share = max(PACE_SHARE, 1 / self.seen, 1 - math.exp((self.at - now) / LATELY_S))
-        self.at = now
-        self.lately_running += share * (running - self.lately_running)
-        self.lately_token_s += share * (seconds / tokens - self.lately_token_s)
 
     @property
     def request_s(self) -> float:
         """Seconds a token for each request; never negative."""
         return max(0.0, self.covariance / (self.variance + CROWDING_DOUBT))
-
-    def expected_s(self, running: float) -> float | None:
-        """Seconds a token among so many; None before the first report. The line never falls below
-        one through the origin: with nobody beside it no token takes less than nothing."""
-        if not self.seen:
-            return None
-        steepest = self.lately_token_s / max(1.0, self.lately_running)
-        slope = min(self.request_s, steepest)
-        return self.lately_token_s + slope * (max(1.0, running) - max(1.0, self.lately_running))
 
     def sooner(self, here: int, there: int) -> float:
         """The share of a token's time that is saved among `there` requests instead of `here`."""

@@ -34,7 +34,8 @@ RETRY_MIN_S = 0.1
 UNPROVEN_S = 5.0
 """An empty mesh of which nothing was heard for so long lets somebody in to find out."""
 UNPROVEN_LEAST = 0.05
-"""Of what is expected: who allows less is not the one."""
+"""Of what is expected, after so long; half of that after twice as long. Who allows less is not the
+one."""
 
 
 def refusal(books: Books, spec: RequestSpec, now: float) -> tuple[Rejected | None, Prediction]:
@@ -110,39 +111,57 @@ def _too_late(
     """A deadline that would be missed."""
     if _unproven(books, spec, prediction, now):
         return None
-    promises, wanted = books.promises, books.constants.deadline_chance
-    alone_s = prediction.start_s - prediction.wait_s
+    safe_s, late_s = books.promises.safe_s, prediction.start_s
+    alone_s = safe_s(prediction.alone_start_s)
     if spec.ttft_deadline_ms is not None:
-        within_s, safe_s = spec.ttft_deadline_ms / 1000, promises.safe_s(prediction.start_s)
-        if safe_s > within_s:
-            detail = f"the first token is expected in {_in_words(prediction.start_s)}"
-            detail += f", or {_in_words(safe_s)} if it is late"
+        within_s = spec.ttft_deadline_ms / 1000
+        if safe_s(late_s) > within_s:
+            detail = f"the first token is expected in {_in_words(late_s)}, "
+            detail += f"or {_in_words(safe_s(late_s))} if it is late"
             detail += f"; {_in_words(within_s)} are allowed"
-            helps = promises.safe_s(alone_s) <= within_s
-            retry_s = _patient_s(books, spec, now) if helps else None
+            retry_s = _patient_s(books, spec, now) if alone_s <= within_s else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     if spec.deadline_ms is not None:
         within_s = spec.deadline_ms / 1000
-        chance = prediction.chance_of_finish(within_s - promises.safe_s(prediction.start_s))
-        if chance < wanted:
-            detail = f"the end is expected in {_in_words(prediction.finish_s)}; within "
-            detail += f"{_in_words(within_s)} its chance is {chance:.0%}, asked {wanted:.0%}"
-            helps = prediction.chance_of_finish(within_s - promises.safe_s(alone_s)) >= wanted
-            retry_s = _patient_s(books, spec, now) if helps else None
+        # As many outputs are longer as the rest of the chance; where nothing is known none counts.
+        more = prediction.output_within(books.constants.deadline_chance) - 1
+        finish_s = safe_s(late_s) + more * prediction.token_s
+        if finish_s > within_s:
+            detail = f"the end is expected in {_in_words(prediction.finish_s)}, or "
+            detail += f"{_in_words(finish_s)} if it is late or long"
+            detail += f"; {_in_words(within_s)} are allowed"
+            helps = alone_s + more * prediction.alone_token_s <= within_s
+            retry_s = _sooner_s(books, spec, prediction, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     return None
 
 
+def _sooner_s(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> float:
+    """When to come again who asks for an end: when its turn would be, and where there is no queue,
+    when enough of those beside it may have ended, as they do one after the other."""
+    assert spec.deadline_ms is not None
+    if prediction.wait_s > 0:
+        return _patient_s(books, spec, now)
+    more = max(1, prediction.output_within(books.constants.deadline_chance) - 1)
+    allowed_s = (spec.deadline_ms / 1000 - prediction.start_s) / more
+    beside_s = prediction.token_s - prediction.alone_token_s
+    share = min(1.0, (prediction.token_s - allowed_s) / beside_s) if beside_s > 0 else 0.0
+    return max(prediction.start_s, share * (prediction.finish_s - prediction.start_s))
+
+
 def _unproven(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> bool:
-    """Whether it is let in to find out: nothing is open, and for a while nothing has begun or
+    """Whether it is let in to find out: nothing runs or waits, and for a while nothing has begun or
     ended, so that what is known of times may be out of date; where everybody names a deadline only
-    who is let in can tell. Not who asks for a small part of what is expected."""
-    idle = books.leased and not books.requests.open and prediction.wait_s == 0.0
-    if not idle or now - books.promises.heard_at < UNPROVEN_S:
+    who is let in can tell. Not who asks for a small part of what is expected, unless nobody asks
+    for more for long."""
+    silent_s = now - books.promises.heard_at
+    idle = books.leased and prediction.wait_s == 0.0 and not books.board.running
+    if not idle or silent_s < UNPROVEN_S:
         return False
+    least = UNPROVEN_LEAST * UNPROVEN_S / silent_s
     limits = (spec.ttft_deadline_ms, prediction.start_s), (spec.deadline_ms, prediction.finish_s)
     return all(
-        within_ms is None or within_ms / 1000 >= UNPROVEN_LEAST * expected_s
+        within_ms is None or within_ms / 1000 >= least * expected_s
         for within_ms, expected_s in limits
     )
 

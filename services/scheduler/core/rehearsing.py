@@ -110,7 +110,7 @@ def _scene(books: Books, now: float) -> Scene | None:
         outputs=lambda tokens: books.outputs.like(tokens) or guess,
         token_s=books.pace.token_s,
         prefill_token_s=max(1e-9, books.firsts.token_s),
-        after_s=partial(books.firsts.after_s, beside=books.board.running / max(1, usable)),
+        after_s=partial(books.firsts.after_s, beside=books.board.least_running()),
         served_per_s=served.per_s(now, guess=usable / books.pace.prefill_token_s),
         served_tokens=served.event_work,
         lease_tokens=LEASE_PACINGS[books.preset.pacing](0, constants),

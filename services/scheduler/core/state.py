@@ -146,8 +146,12 @@ class Request:
     """Leased: its prefill on its present worker is over."""
     heard_at: float = 0.0
     """Leased: when its worker last reported on it."""
+    timed_at: float = 0.0
+    """Leased: when it last was given its place, or reported with new tokens,"""
     lease_seconds: float = 0.0
-    """Leased: those of its worker (credit.py) at that time."""
+    """and the lease seconds of its worker (credit.py) at that time."""
+    stood: bool = False
+    """Leased: its lease was used up then, or nobody knows: it may have stood still since."""
     evicted_at: float = 0.0
     """When it last lost its place for want of memory; 0: never. It comes back first."""
     evictions: int = 0

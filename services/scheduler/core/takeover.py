@@ -87,7 +87,7 @@ def _adopt_lease(books: Books, worker: Worker, request: Request, claim: Claim, n
     short = request.until - made <= margin_tokens(books)
     if short and not request.paused and request.until < request.spec.max_tokens:
         worker.credit.wanting[request.request_id] = request
-    request.heard_at = now
+    request.heard_at, request.stood = now, True
     books.reminded[request.request_id] = request
     books.touch(worker)
 

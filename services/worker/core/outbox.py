@@ -1,9 +1,9 @@
 """Tokens on their way to gateways: coalesced, one message per gateway under way at a time.
 
-A gateway that nothing was sent to lately gets its tokens at once; under load its runs are joined
-for `COALESCE_S`. While a message is not yet confirmed, runs go on being joined, so a slow line
-makes larger messages, not more of them; runs of one request always join, so what waits is bounded
-by the tokens of the requests that are here.
+A gateway that nothing was sent to lately gets its tokens at once, and so it does where a request's
+first token is among them; else its runs are joined for `COALESCE_S`. While a message is not yet
+confirmed, runs go on being joined, so a slow line makes larger messages, not more of them; runs of
+one request always join, so what waits is bounded by the tokens of the requests that are here.
 """
 
 from dataclasses import dataclass, field
@@ -55,6 +55,8 @@ class Outbox:
     def add(self, gateway: str, run: TokenRun) -> None:
         """Put a run behind what waits for this gateway."""
         line = self._lines.setdefault(gateway, _Line())
+        if run.position == 0 and run.ids:
+            line.joins_until = 0.0  # somebody waits for it
         runs = line.runs.setdefault(run.request_id, [])
         joined = join_runs(runs[-1], run) if runs else None
         if joined is None:
