@@ -180,7 +180,7 @@ def test_who_is_refused_for_the_crowd_may_come_again(mesh: Mesh) -> None:
     assert isinstance(answer, Rejected)
     assert answer.retry_after_s is not None
     assert 1.0 < answer.retry_after_s < 3.7
-    assert "or 3." in answer.detail, "what is refused is what is said"
+    assert "or 4." in answer.detail, "what is refused is what is said"
     never = mesh.ask(max_tokens=200, deadline_ms=100)
     assert isinstance(never, Rejected)
     assert never.retry_after_s is None
@@ -259,12 +259,26 @@ def test_starts_at_once_have_a_margin_of_their_own() -> None:
     promises = Promises()
     for number in range(400):
         request = waiting(number)
-        promises.made(request, 0.1, 1.0)
+        promises.made(request, 0.1, 1.0, alone_s=0.02)
         promises.began(request, 0.3)
-    assert promises.safe_s(0.1) >= 0.3
+    assert promises.safe_s(0.1, 0.02) >= 0.3
+    assert promises.safe_s(0.02, 0.02) == 0.02, "nobody is beside it"
     assert promises.safe_s(2.0) == pytest.approx(2.5), "nobody has waited"
     starts_s = [number / 100 for number in range(1, 100)]
     assert sorted(starts_s, key=promises.safe_s) == starts_s, "a later start is never safer"
+
+
+def test_tokens_have_a_margin_on_what_others_add() -> None:
+    promises = Promises()
+    for number in range(400):
+        request = waiting(number)
+        promises.made(request, 0.1, 1.0, 0.1, token_s=(0.010, 0.002))
+        promises.timed(request, 0.018 if number % 5 == 0 else 0.010)
+        promises.made(request, 0.1, 1.0, 0.1, token_s=(0.002, 0.002))
+        promises.timed(request, 0.018)
+    assert promises.tokens.safe_s(0.010, 0.002) >= 0.018
+    assert promises.tokens.safe_s(0.002, 0.002) == 0.002
+    assert promises.tokens.safe_s(0.010, 0.002) < 0.021, "who was told of nobody is not asked"
 
 
 def test_who_stood_still_tells_nothing_of_tokens(mesh: Mesh) -> None:

@@ -69,8 +69,10 @@ def _timed(books: Books, worker: Worker, request: Request, made: int, now: float
     seconds = now - request.timed_at
     beside_s = worker.credit.count(now) - request.lease_seconds
     books.crowding.saw(beside_s, made, seconds)
-    if not request.stood:
-        books.token_times.saw(beside_s, made, seconds, now)
+    if request.stood or made <= 0 or seconds <= 0:
+        return
+    books.token_times.saw(beside_s, made, seconds, now)
+    books.promises.timed(request, seconds / made)
 
 
 def _progress(books: Books, worker: Worker, request: Request, *, first: bool) -> None:

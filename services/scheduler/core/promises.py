@@ -1,9 +1,10 @@
 """Promises: what was predicted for each accepted request, against what came.
 
-The errors go out as metrics. How often a first token came later than was said also sets the margin
-with which deadlines are judged: it is steered so that only one start in twenty is later than so
-many times its prediction, on any workload. Those that wait and those that begin at once have a
-margin each, since one says nothing of the other.
+The errors go out as metrics. How often something came later than was said also sets the margins
+with which deadlines are judged: each is steered so that only one in twenty is later than so many
+times its prediction, on any workload. Starts after a wait have one; starts at once another, and the
+time of tokens a third. These two count on what others add only: what a request takes alone is
+known, what comes to run beside it is not.
 """
 
 from collections import deque
@@ -20,6 +21,8 @@ LATE_STEP = 0.05
 """In the logarithm of the margin, when a start was later; when it was not, a 19th of that."""
 LATE_FIRST = 1.25
 LATE_MAX = 4.0
+OTHERS_LEAST = 1.2
+"""Times what it takes alone: who was told less was told of nobody."""
 WAITED_S = 0.3
 """Who is told to start sooner begins at once, or nearly."""
 
@@ -33,6 +36,22 @@ class Miss(NamedTuple):
 
 
 @dataclass(slots=True)
+class Margin:
+    """On what others add to a time."""
+
+    log: float = log(LATE_FIRST)
+
+    def safe_s(self, told_s: float, alone_s: float) -> float:
+        """What was told, with the margin; `alone_s`: as if nothing else were there."""
+        return alone_s + max(0.0, told_s - alone_s) * exp(self.log)
+
+    def saw(self, told_s: float, alone_s: float, actual_s: float) -> None:
+        """It came. Who was told of nobody says nothing of how well others are foretold."""
+        if told_s >= OTHERS_LEAST * alone_s:
+            self.log = _steered(self.log, later=actual_s > self.safe_s(told_s, alone_s))
+
+
+@dataclass(slots=True)
 class Promises:
     """Seconds are counted from a request's arrival."""
 
@@ -41,24 +60,34 @@ class Promises:
     """Ever; the latest of them are in `misses`."""
     heard_at: float = 0.0
     """When a request last began or ended."""
+    tokens: Margin = field(default_factory=Margin)
+    """On the time of a token."""
+    _at_once: Margin = field(default_factory=Margin)
     _log_waiting: float = log(LATE_FIRST)
-    _log_at_once: float = log(LATE_FIRST)
 
     @property
     def late(self) -> float:
         """Multiply a predicted start after a wait by this to be safe."""
         return exp(self._log_waiting)
 
-    def safe_s(self, start_s: float) -> float:
-        """A predicted start, with its margin."""
-        waiting_s = max(WAITED_S, start_s) * exp(self._log_waiting)
+    def safe_s(self, start_s: float, alone_s: float = 0.0) -> float:
+        """A predicted start, with its margin; `alone_s`: as if nothing else were there."""
+        waiting_s = max(WAITED_S, start_s) * self.late
         if start_s >= WAITED_S:
             return waiting_s
-        return min(start_s * exp(self._log_at_once), waiting_s)
+        return min(self._at_once.safe_s(start_s, alone_s), waiting_s)
 
-    def made(self, request: Request, start_s: float, finish_s: float) -> None:
-        """It was accepted, and this was said."""
+    def made(
+        self,
+        request: Request,
+        start_s: float,
+        finish_s: float,
+        alone_s: float = 0.0,
+        token_s: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """It was accepted, and this was said; `token_s`: of a token, and of one alone."""
         request.predicted_start_s, request.predicted_finish_s = start_s, finish_s
+        request.predicted_alone_s, request.predicted_token_s = alone_s, token_s
 
     def began(self, request: Request, now: float) -> None:
         """Its very first token is here."""
@@ -67,11 +96,17 @@ class Promises:
         if predicted_s <= 0 or actual_s <= 0:
             return
         self._note("start", predicted_s, actual_s)
-        later = actual_s > self.safe_s(predicted_s)
-        if predicted_s >= WAITED_S:
-            self._log_waiting = _steered(self._log_waiting, later=later)
+        if predicted_s < WAITED_S:
+            self._at_once.saw(predicted_s, request.predicted_alone_s, actual_s)
         else:
-            self._log_at_once = _steered(self._log_at_once, later=later)
+            later = actual_s > self.safe_s(predicted_s)
+            self._log_waiting = _steered(self._log_waiting, later=later)
+
+    def timed(self, request: Request, token_s: float) -> None:
+        """So long its latest tokens took."""
+        told_s, alone_s = request.predicted_token_s
+        if told_s > 0:
+            self.tokens.saw(told_s, alone_s, token_s)
 
     def ended(self, request: Request, now: float) -> None:
         """It is complete."""

@@ -111,13 +111,13 @@ def _too_late(
     """A deadline that would be missed."""
     if _unproven(books, spec, prediction, now):
         return None
-    safe_s, late_s = books.promises.safe_s, prediction.start_s
-    alone_s = safe_s(prediction.alone_start_s)
+    promises, alone_s = books.promises, prediction.alone_start_s
+    start_s = promises.safe_s(prediction.start_s, alone_s)
     if spec.ttft_deadline_ms is not None:
         within_s = spec.ttft_deadline_ms / 1000
-        if safe_s(late_s) > within_s:
-            detail = f"the first token is expected in {_in_words(late_s)}, "
-            detail += f"or {_in_words(safe_s(late_s))} if it is late"
+        if start_s > within_s:
+            detail = f"the first token is expected in {_in_words(prediction.start_s)}, "
+            detail += f"or {_in_words(start_s)} if it is late"
             detail += f"; {_in_words(within_s)} are allowed"
             retry_s = _patient_s(books, spec, now) if alone_s <= within_s else None
             return _rejected(books, spec, "deadline", detail, retry_s)
@@ -125,18 +125,20 @@ def _too_late(
         within_s = spec.deadline_ms / 1000
         # As many outputs are longer as the rest of the chance; where nothing is known none counts.
         more = prediction.output_within(books.constants.deadline_chance) - 1
-        finish_s = safe_s(late_s) + more * prediction.token_s
-        if finish_s > within_s:
+        token_s = promises.tokens.safe_s(prediction.token_s, prediction.alone_token_s)
+        if start_s + more * token_s > within_s:
             detail = f"the end is expected in {_in_words(prediction.finish_s)}, or "
-            detail += f"{_in_words(finish_s)} if it is late or long"
+            detail += f"{_in_words(start_s + more * token_s)} if it is late or long"
             detail += f"; {_in_words(within_s)} are allowed"
             helps = alone_s + more * prediction.alone_token_s <= within_s
-            retry_s = _sooner_s(books, spec, prediction, now) if helps else None
+            retry_s = _sooner_s(books, spec, prediction, token_s, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     return None
 
 
-def _sooner_s(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> float:
+def _sooner_s(
+    books: Books, spec: RequestSpec, prediction: Prediction, token_s: float, now: float
+) -> float:
     """When to come again who asks for an end: when its turn would be, and where there is no queue,
     when enough of those beside it may have ended, as they do one after the other."""
     assert spec.deadline_ms is not None
@@ -144,8 +146,8 @@ def _sooner_s(books: Books, spec: RequestSpec, prediction: Prediction, now: floa
         return _patient_s(books, spec, now)
     more = max(1, prediction.output_within(books.constants.deadline_chance) - 1)
     allowed_s = (spec.deadline_ms / 1000 - prediction.start_s) / more
-    beside_s = prediction.token_s - prediction.alone_token_s
-    share = min(1.0, (prediction.token_s - allowed_s) / beside_s) if beside_s > 0 else 0.0
+    beside_s = token_s - prediction.alone_token_s
+    share = min(1.0, (token_s - allowed_s) / beside_s) if beside_s > 0 else 0.0
     return max(prediction.start_s, share * (prediction.finish_s - prediction.start_s))
 
 
