@@ -46,9 +46,10 @@ USUAL_POLICIES = (USUAL_POLICY, "scls")
 USUAL_ENGINES = ("paged", "padded")
 """The first that goes with an engine's, or a policy's, form of slices."""
 SERVICES_CORES = 1
-"""Left to gateway, scheduler, estimator and whatever else runs on the machine. Threads for arithmetic
-wait for each other by spinning: with one thread for each of two cores, a program that took one of
-them made requests of 0.2 s last 4 to 13 s; and with one thread in all nothing was lost [T]."""
+"""Left to gateway, scheduler, estimator and whatever else the machine runs. Threads for arithmetic
+wait for each other by spinning: with one on each of two cores, a program that took one of them made
+requests of 0.2 s last 4 to 13 s; one thread in all took 0.18 s then, and 0.13 instead of 0.23 on a
+quiet machine [T]."""
 KV_SHARE_OF_ALL = 0.5
 """Of the free memory, for the KV of all workers of this process, where they are many."""
 
