@@ -268,17 +268,15 @@ def test_starts_at_once_have_a_margin_of_their_own() -> None:
     assert sorted(starts_s, key=promises.safe_s) == starts_s, "a later start is never safer"
 
 
-def test_tokens_have_a_margin_on_what_others_add() -> None:
+def test_tokens_have_a_margin_too() -> None:
     promises = Promises()
+    promises.timed(None, 1.0)
     for number in range(400):
-        request = waiting(number)
-        promises.made(request, 0.1, 1.0, 0.1, token_s=(0.010, 0.002))
-        promises.timed(request, 0.018 if number % 5 == 0 else 0.010)
-        promises.made(request, 0.1, 1.0, 0.1, token_s=(0.002, 0.002))
-        promises.timed(request, 0.018)
-    assert promises.tokens.safe_s(0.010, 0.002) >= 0.018
-    assert promises.tokens.safe_s(0.002, 0.002) == 0.002
-    assert promises.tokens.safe_s(0.010, 0.002) < 0.021, "who was told of nobody is not asked"
+        promises.timed(0.010, 0.018 if number % 5 == 0 else 0.010)
+    assert 0.017 <= promises.safe_token_s(0.010) <= 0.020
+    for _ in range(400):
+        promises.timed(0.010, 0.010)
+    assert promises.safe_token_s(0.010) == pytest.approx(0.011)
 
 
 def test_who_stood_still_tells_nothing_of_tokens(mesh: Mesh) -> None:

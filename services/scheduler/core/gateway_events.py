@@ -43,9 +43,8 @@ def submit(books: Books, event: Submit, now: float) -> None:
         books.send(answer)
         return
     request = books.requests.open_new(event.spec)
-    token_s = expected.token_s, expected.alone_token_s
     alone_s = expected.alone_start_s
-    books.promises.made(request, expected.start_s, expected.finish_s, alone_s, token_s)
+    books.promises.made(request, expected.start_s, expected.finish_s, alone_s)
     request.predicted_output = expected.output_tokens
     predict_output(books, request)
     if event.told:

@@ -71,8 +71,8 @@ def _timed(books: Books, worker: Worker, request: Request, made: int, now: float
     books.crowding.saw(beside_s, made, seconds)
     if request.stood or made <= 0 or seconds <= 0:
         return
+    books.promises.timed(books.token_times.expected_s(beside_s / seconds), seconds / made)
     books.token_times.saw(beside_s, made, seconds, now)
-    books.promises.timed(request, seconds / made)
 
 
 def _progress(books: Books, worker: Worker, request: Request, *, first: bool) -> None:

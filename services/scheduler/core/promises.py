@@ -2,9 +2,9 @@
 
 The errors go out as metrics. How often something came later than was said also sets the margins
 with which deadlines are judged: each is steered so that only one in twenty is later than so many
-times its prediction, on any workload. Starts after a wait have one; starts at once another, and the
-time of tokens a third. These two count on what others add only: what a request takes alone is
-known, what comes to run beside it is not.
+times its prediction, on any workload. Starts after a wait have one; starts at once another, which
+counts on what others add only: what a request takes alone is known. The time of tokens has a third:
+how far it was from what was known of it beside as many as really ran.
 """
 
 from collections import deque
@@ -18,9 +18,11 @@ KEPT = 1024
 """Errors kept until the shell has read them."""
 LATE_SHARE = 0.05
 LATE_STEP = 0.05
-"""In the logarithm of the margin, when a start was later; when it was not, a 19th of that."""
+"""In the logarithm of the margin, when one was later; when it was not, a 19th of that."""
 LATE_FIRST = 1.25
 LATE_MAX = 4.0
+TOKEN_LEAST = 1.1
+"""The margin on the time of tokens: their way to the client is in no report."""
 OTHERS_LEAST = 1.2
 """Times what it takes alone: who was told less was told of nobody."""
 WAITED_S = 0.3
@@ -36,22 +38,6 @@ class Miss(NamedTuple):
 
 
 @dataclass(slots=True)
-class Margin:
-    """On what others add to a time."""
-
-    log: float = log(LATE_FIRST)
-
-    def safe_s(self, told_s: float, alone_s: float) -> float:
-        """What was told, with the margin; `alone_s`: as if nothing else were there."""
-        return alone_s + max(0.0, told_s - alone_s) * exp(self.log)
-
-    def saw(self, told_s: float, alone_s: float, actual_s: float) -> None:
-        """It came. Who was told of nobody says nothing of how well others are foretold."""
-        if told_s >= OTHERS_LEAST * alone_s:
-            self.log = _steered(self.log, later=actual_s > self.safe_s(told_s, alone_s))
-
-
-@dataclass(slots=True)
 class Promises:
     """Seconds are counted from a request's arrival."""
 
@@ -60,10 +46,9 @@ class Promises:
     """Ever; the latest of them are in `misses`."""
     heard_at: float = 0.0
     """When a request last began or ended."""
-    tokens: Margin = field(default_factory=Margin)
-    """On the time of a token."""
-    _at_once: Margin = field(default_factory=Margin)
     _log_waiting: float = log(LATE_FIRST)
+    _log_at_once: float = log(LATE_FIRST)
+    _log_token: float = log(LATE_FIRST)
 
     @property
     def late(self) -> float:
@@ -75,19 +60,17 @@ class Promises:
         waiting_s = max(WAITED_S, start_s) * self.late
         if start_s >= WAITED_S:
             return waiting_s
-        return min(self._at_once.safe_s(start_s, alone_s), waiting_s)
+        others_s = max(0.0, start_s - alone_s) * exp(self._log_at_once)
+        return min(min(alone_s, start_s) + others_s, waiting_s)
 
-    def made(
-        self,
-        request: Request,
-        start_s: float,
-        finish_s: float,
-        alone_s: float = 0.0,
-        token_s: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        """It was accepted, and this was said; `token_s`: of a token, and of one alone."""
+    def safe_token_s(self, token_s: float) -> float:
+        """The time of a token, with its margin."""
+        return token_s * exp(self._log_token)
+
+    def made(self, request: Request, start_s: float, finish_s: float, alone_s: float = 0.0) -> None:
+        """It was accepted, and this was said."""
         request.predicted_start_s, request.predicted_finish_s = start_s, finish_s
-        request.predicted_alone_s, request.predicted_token_s = alone_s, token_s
+        request.predicted_alone_s = alone_s
 
     def began(self, request: Request, now: float) -> None:
         """Its very first token is here."""
@@ -96,17 +79,18 @@ class Promises:
         if predicted_s <= 0 or actual_s <= 0:
             return
         self._note("start", predicted_s, actual_s)
-        if predicted_s < WAITED_S:
-            self._at_once.saw(predicted_s, request.predicted_alone_s, actual_s)
-        else:
-            later = actual_s > self.safe_s(predicted_s)
+        alone_s = request.predicted_alone_s
+        later = actual_s > self.safe_s(predicted_s, alone_s)
+        if predicted_s >= WAITED_S:
             self._log_waiting = _steered(self._log_waiting, later=later)
+        elif predicted_s >= OTHERS_LEAST * alone_s:
+            self._log_at_once = _steered(self._log_at_once, later=later)
 
-    def timed(self, request: Request, token_s: float) -> None:
-        """So long its latest tokens took."""
-        told_s, alone_s = request.predicted_token_s
-        if told_s > 0:
-            self.tokens.saw(told_s, alone_s, token_s)
+    def timed(self, told_s: float | None, token_s: float) -> None:
+        """A token took so long; what was known of it, if anything."""
+        if told_s is not None:
+            later = token_s > self.safe_token_s(told_s)
+            self._log_token = max(log(TOKEN_LEAST), _steered(self._log_token, later=later))
 
     def ended(self, request: Request, now: float) -> None:
         """It is complete."""
@@ -121,6 +105,6 @@ class Promises:
 
 
 def _steered(margin: float, *, later: bool) -> float:
-    """The logarithm of a margin after one more start."""
+    """The logarithm of a margin after one more."""
     step = LATE_STEP if later else -LATE_STEP * LATE_SHARE / (1 - LATE_SHARE)
     return min(max(0.0, margin + step), log(LATE_MAX))

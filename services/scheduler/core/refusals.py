@@ -125,7 +125,7 @@ def _too_late(
         within_s = spec.deadline_ms / 1000
         # As many outputs are longer as the rest of the chance; where nothing is known none counts.
         more = prediction.output_within(books.constants.deadline_chance) - 1
-        token_s = promises.tokens.safe_s(prediction.token_s, prediction.alone_token_s)
+        token_s = promises.safe_token_s(prediction.token_s)
         if start_s + more * token_s > within_s:
             detail = f"the end is expected in {_in_words(prediction.finish_s)}, or "
             detail += f"{_in_words(start_s + more * token_s)} if it is late or long"
@@ -146,7 +146,7 @@ def _sooner_s(
         return _patient_s(books, spec, now)
     more = max(1, prediction.output_within(books.constants.deadline_chance) - 1)
     allowed_s = (spec.deadline_ms / 1000 - prediction.start_s) / more
-    beside_s = token_s - prediction.alone_token_s
+    beside_s = token_s - books.promises.safe_token_s(prediction.alone_token_s)
     share = min(1.0, (token_s - allowed_s) / beside_s) if beside_s > 0 else 0.0
     return max(prediction.start_s, share * (prediction.finish_s - prediction.start_s))
 

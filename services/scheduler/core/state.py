@@ -109,8 +109,6 @@ class Request:
     """What was told of its first token, from `arrived_at` on; 0: nothing."""
     predicted_alone_s: float = 0.0
     """That, if nothing else had been there."""
-    predicted_token_s: tuple[float, float] = (0.0, 0.0)
-    """Between two tokens, and if nothing else had been there."""
     predicted_finish_s: float = 0.0
     predicted_output: int = 0
     """The length of its output on which that rests."""
