@@ -75,6 +75,8 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     gateway: str
     request_id: str
+    output_tokens: int = 0
+    """How many came; fewer than were made."""
 
 
 class Stopped(Message, frozen=True, kw_only=True):

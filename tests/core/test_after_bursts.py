@@ -10,6 +10,7 @@ from services.scheduler.core.token_times import TokenTimes
 from shared import tokens
 from shared.messages import (
     Accepted,
+    Cancel,
     GatewayBeat,
     Rejected,
     RunSlice,
@@ -17,6 +18,7 @@ from shared.messages import (
     SliceOrder,
     SliceResult,
     SliceTimings,
+    Stopped,
     Submit,
     WorkerMemory,
 )
@@ -292,3 +294,22 @@ def test_who_stood_still_tells_nothing_of_tokens(mesh: Mesh) -> None:
     mesh.pass_s(2.0)
     mesh.report([order], order.lease_tokens, 10, ended=False)
     assert mesh.core.books.token_times.expected_s(1) == pytest.approx(before_s, rel=0.05)
+
+
+def test_who_is_given_up_tells_how_slow_it_was(mesh: Mesh) -> None:
+    """A lease is longer than what it made until its time was over: no report had told."""
+    for name in ("given-up", "stopped"):
+        said = mesh.say(submit(name, max_tokens=500))
+        (order,) = [o for run in said if isinstance(run, RunSlice) for o in run.orders]
+        mesh.pass_s(FIRST_S)
+        mesh.report([order], 0, 1, ended=False)
+        mesh.pass_s(1.0)
+        before_s = mesh.core.books.token_times.expected_s(1)
+        assert before_s is not None
+        if name == "stopped":
+            mesh.say(Stopped(gateway="g1", request_id=name, output_tokens=101))
+        else:
+            mesh.say(Cancel(gateway="g1", request_id=name, output_tokens=101))
+        after_s = mesh.core.books.token_times.expected_s(1)
+        assert after_s is not None
+        assert after_s > 1.1 * before_s, "10 ms for each"

@@ -124,9 +124,11 @@ class Ledger:
 
     def cancel(self, request_id: str) -> list[Output]:
         """Nobody waits for this request any more."""
-        if self._records.pop(request_id, None) is None:
+        record = self._records.pop(request_id, None)
+        if record is None:
             return []
-        return [Cancel(gateway=self._gateway, request_id=request_id)]
+        came = record.position
+        return [Cancel(gateway=self._gateway, request_id=request_id, output_tokens=came)]
 
     def stop(self, request_id: str, output_tokens: int) -> list[Output]:
         """A stop string ended the output after so many tokens. It may be complete already; its

@@ -2,6 +2,7 @@
 
 from services.scheduler.core import foretelling, moves, readers
 from services.scheduler.core.books import ATTEMPT_MAX, Books
+from services.scheduler.core.lease_reports import ended_early
 from services.scheduler.core.predict import predict_output
 from services.scheduler.core.refusals import refusal
 from services.scheduler.core.state import Placement, Request, State
@@ -122,6 +123,7 @@ def cancel(books: Books, event: Cancel, now: float) -> None:
         if not books.requests.known(event.request_id):
             books.requests.refuse(event.request_id, None, now)
     elif request.state is not State.DONE:
+        ended_early(books, request, event.output_tokens, now)
         moves.drop_placed(books, request)
         moves.finish(books, request, "cancelled", request.output_tokens, now)
 
@@ -130,6 +132,7 @@ def stopped(books: Books, event: Stopped, now: float) -> None:
     heard(books, event.gateway, now)
     request = books.requests.of_gateway(event.request_id, event.gateway)
     if request is not None and request.state is not State.DONE:
+        ended_early(books, request, event.output_tokens, now)
         moves.drop_placed(books, request)
         moves.finish(books, request, "stop", event.output_tokens, now)
 

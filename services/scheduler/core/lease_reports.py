@@ -64,6 +64,14 @@ def take_report(
         _stopped(books, worker, request, result, made, now)
 
 
+def ended_early(books: Books, request: Request, output_tokens: int, now: float) -> None:
+    """Its gateway ended it, and has so many tokens. Whoever is given up for being late would else
+    never tell that it was."""
+    worker = books.workers.active.get(request.worker)
+    if worker is not None and request.state is State.PLACED and request.first_token:
+        _timed(books, worker, request, output_tokens - request.output_tokens, now)
+
+
 def _timed(books: Books, worker: Worker, request: Request, made: int, now: float) -> None:
     """How long so many tokens took, beside those that were here meanwhile."""
     seconds = now - request.timed_at
