@@ -116,6 +116,7 @@ class LeasedWorker(FakeWorker):
         blocks = sum(
             leased_blocks(tokens.count(x.order.spec.prompt), x.until, BLOCK)
             for x in self.leases.values()
+            if x.order.attempt > self.world.dropped.get((self.boot, x.request_id), 0)
         )
         overcommitted = self.world.adopted  # a new leader does not know how far leases reach
         assert overcommitted or blocks <= self.memory.kv_tokens_capacity // BLOCK, "out of memory"

@@ -140,6 +140,9 @@ class World:
         self.policy, self.constants = policy, constants
         self.adopted = False
         """A leader took over while leases ran."""
+        self.dropped: dict[tuple[str, str], int] = {}
+        """By worker and request, the attempt up to which the scheduler told it to drop; the word may
+        be lost or late, and until it is said again the worker holds more than it should."""
         self.core: Scheduler | None = None
         self.epoch = 0
         self.inbox: list[SchedulerEvent] = []
@@ -229,6 +232,9 @@ class World:
         core = self.core
         assert core is not None
         worker = self.workers.get(command.worker)
+        if isinstance(command, Drop):
+            key = command.worker, command.request_id
+            self.dropped[key] = max(command.attempt, self.dropped.get(key, 0))
         if worker is None:
             self.net.after(0.01, partial(self._return, command.worker, core))
         else:
