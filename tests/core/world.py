@@ -141,8 +141,8 @@ class World:
         self.adopted = False
         """A leader took over while leases ran."""
         self.dropped: dict[tuple[str, str], int] = {}
-        """By worker and request, the attempt up to which the scheduler told it to drop; the word may
-        be lost or late, and until it is said again the worker holds more than it should."""
+        """By worker and request, up to which attempt the scheduler told it to drop; the word may be
+        lost or late, and until it is said again the worker holds more than it should."""
         self.core: Scheduler | None = None
         self.epoch = 0
         self.inbox: list[SchedulerEvent] = []
