@@ -244,3 +244,15 @@ def test_invented_lengths_do_not_enter_the_history(monkeypatch: pytest.MonkeyPat
     pretended = MeshSettings(engine="simulated", policy="past-future", port=8123)
     assert plan(pretended).estimator.database_path() == ":memory:"
     assert plan(MeshSettings(port=8123)).estimator.database_path() != ":memory:"
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (8, 1, 7), (8, 3, 2)]
+)
+def test_workers_leave_a_core_to_the_services(
+    cores: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRANCHE_WORKER_TORCH_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    mesh = plan(MeshSettings(port=8123, workers=workers))
+    assert [worker.torch_threads for worker in mesh.workers] == [threads] * workers

@@ -97,6 +97,12 @@ def test_late_tokens_of_a_forgotten_request_are_no_news() -> None:
     assert ledger.handle(batch(run(0, 5)), 1.0) == []
 
 
+def test_a_cancelled_request_tells_how_far_it_came() -> None:
+    ledger = opened()
+    ledger.handle(batch(run(0, 5, 6)), 1.0)
+    assert ledger.cancel(R) == [Cancel(gateway=GATEWAY, request_id=R, output_tokens=2)]
+
+
 def test_a_stop_is_told_even_if_the_output_is_complete() -> None:
     stopped = [Stopped(gateway=GATEWAY, request_id=R, output_tokens=1)]
     ledger = opened()

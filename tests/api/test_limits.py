@@ -69,8 +69,10 @@ async def test_a_wait_too_long_is_refused_at_once() -> None:
     async with staged(wait_max_s=5.0) as stage:
         stage.mesh.beat = SchedulerBeat(epoch=1, workers=1, predicted_wait_s=6.0)
         async with asyncio.timeout(10):
-            while (await stage.complete()).status_code != 429:
+            while (answer := await stage.complete()).status_code != 429:  # until the beat is there
                 await asyncio.sleep(0.05)
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
 async def test_deadlines_are_the_schedulers_to_judge(stage: Stage) -> None:

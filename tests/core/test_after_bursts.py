@@ -313,3 +313,20 @@ def test_who_is_given_up_tells_how_slow_it_was(mesh: Mesh) -> None:
         after_s = mesh.core.books.token_times.expected_s(1)
         assert after_s is not None
         assert after_s > 1.1 * before_s, "10 ms for each"
+
+
+def test_an_engine_whose_places_are_taken_has_no_room() -> None:
+    """Memory is ample, but it runs four at once: who comes waits until one of them ends."""
+    bench = Bench("tranche")
+    changes = {"forms": ("leased",), "capacity": 50_000, "context_tokens_max": 4_000}
+    bench.say(beat_of("w1", batch_size_max=4, **changes))
+    for number in range(5):
+        bench.say(submit(f"r{number}", max_tokens=200))
+    books = bench.core.books
+    assert (books.board.running, len(books.waits)) == (4, 1)
+    assert books.board.hindrance(100, 10, float("inf"), float("inf"), bench.now) == "places"
+    (told,) = [
+        c for c in bench.say(Submit(spec=spec_of("new"), told=True)) if isinstance(c, Accepted)
+    ]
+    assert told.start_s is not None
+    assert told.start_s > 1.0, "not as fast as prefill goes, but as fast as those that run end"

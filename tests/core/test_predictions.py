@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.scheduler.core.outputs import Outputs, middle, share_within
+from services.scheduler.core.outputs import Outputs, middle, quantile
 from services.scheduler.core.promises import Promises
 from services.scheduler.core.rate import BusyRate, FirstTokens
 from services.scheduler.core.settings import Constants
@@ -71,7 +71,7 @@ def test_outputs_are_told_by_like_prompts() -> None:
         outputs.saw(5_000, 500)
     assert middle(outputs.like(101)) == 11
     assert outputs.like(5_100)[0] == 500
-    assert share_within(outputs.like(100), 10) == pytest.approx(1 / 3, abs=0.05)
+    assert [quantile(outputs.like(100), level) for level in (0.2, 0.5, 0.9)] == [10, 11, 12]
 
 
 def test_the_margin_follows_how_often_starts_were_late() -> None:

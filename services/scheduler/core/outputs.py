@@ -6,7 +6,6 @@ a request's own by 66 % (median), the median of outputs after prompts within 9 %
 begins with what the estimator remembers.
 """
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,11 +81,6 @@ class Outputs:
             found += self._classes.get(key - distance, ())
             found += self._classes.get(key + distance, ())
         return tuple(sorted(found)) if len(found) >= ENOUGH else ()
-
-
-def share_within(outputs: Sequence[int], tokens: float) -> float:
-    """The share of these ascending lengths that are no longer than so many tokens."""
-    return bisect_right(outputs, tokens) / len(outputs) if outputs else 0.0
 
 
 def quantile(outputs: Sequence[int], level: float) -> int:
