@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from prometheus_client import CollectorRegistry
 
@@ -63,6 +63,12 @@ class Mesh:
                     assert run.position <= len(ids), "a gap"
                     ids[run.position :] = unpack(run.ids)
         return ids
+
+    async def hears(self, request_id: str, ids: list[int]) -> None:
+        """Wait until a request's tokens are these: they come by another queue than results."""
+        with suppress(TimeoutError):
+            await self.until(lambda: self.text(request_id) == ids)
+        assert self.text(request_id) == ids
 
     def finish_of(self, request_id: str) -> str | None:
         """Why the request ended, as its gateway knows."""

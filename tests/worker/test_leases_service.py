@@ -203,7 +203,7 @@ async def test_draining_parks_at_the_end_of_the_lease(mesh: Mesh) -> None:
     assert [done.refused for done in mesh.results if done.batch_id == "late"] == ["draining"]
     last = told(mesh, "runs")[-1]
     assert (last.resident, last.finish_reason, len(heard(told(mesh, "runs")))) == (False, None, 400)
-    assert mesh.text("runs") == heard(told(mesh, "runs"))
+    await mesh.hears("runs", heard(told(mesh, "runs")))
 
 
 async def test_closed_batches_on_the_same_engine(mesh: Mesh) -> None:

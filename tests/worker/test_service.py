@@ -136,7 +136,7 @@ async def test_orders_may_repeat(mesh: Mesh, engine: ScriptedEngine) -> None:
     await mesh.done(2)
     assert engine.started == ["b1", "b2"]
     assert [d.batch_id for d in mesh.results] == ["b1", "b2"]
-    assert mesh.text("a") == [1, 2, 3]
+    await mesh.hears("a", [1, 2, 3])
 
 
 async def test_a_drop_takes_effect_within_one_iteration(mesh: Mesh, engine: ScriptedEngine) -> None:
@@ -174,7 +174,7 @@ async def test_a_drop_reaches_a_batch_that_waits(mesh: Mesh, engine: ScriptedEng
     assert engine.started == ["b1", "b2"]
     finishes = {r.request_id: r.finish_reason for d in mesh.results for r in d.results}
     assert (finishes["gone"], finishes["gone too"]) == ("cancelled", "cancelled")
-    assert mesh.text("stays") == [1, 2]
+    await mesh.hears("stays", [1, 2])
     assert mesh.text("gone") == []
 
 
@@ -266,7 +266,7 @@ async def test_draining_by_command(mesh: Mesh, engine: ScriptedEngine) -> None:
     assert mesh.serving is not None
     await mesh.serving
     await mesh.until(lambda: mesh.beats[-1].leaving)
-    assert mesh.text("runs") == [1, 2, 3]
+    await mesh.hears("runs", [1, 2, 3])
 
 
 async def test_stopping_lets_the_running_slice_end(mesh: Mesh, engine: ScriptedEngine) -> None:
@@ -278,7 +278,7 @@ async def test_stopping_lets_the_running_slice_end(mesh: Mesh, engine: ScriptedE
     engine.permits.release(10)
     assert (await mesh.done()).batch_id == "b1"
     await mesh.until(lambda: mesh.beats[-1].leaving)
-    assert mesh.text("runs") == [1, 2, 3]
+    await mesh.hears("runs", [1, 2, 3])
 
 
 async def test_messages_that_are_not_for_workers_become_dead_letters(
