@@ -64,7 +64,7 @@ Tranche is ready after {seconds:.1f} s:  {url}
 Try it:
   curl -N {url}/v1/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "prompt": "ROMEO:\\n", "max_tokens": 200, \
-"temperature": 0.7, "stream": true}}'
+"seed": 1, "stream": true}}'
 
 Ctrl-C ends it, after the requests that run.
 """

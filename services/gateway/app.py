@@ -149,7 +149,7 @@ class Api:
         received_at: float,
         wishes: Wishes,
     ) -> Call:
-        call_id = secrets.token_hex(16)
+        call_id = request.state.call_id
         endpoint: Endpoint = "chat" if isinstance(body, ChatRequest) else "completions"
         life_s = self.settings.request_timeout_s
         if wishes.deadline_ms is not None:

@@ -18,8 +18,9 @@ OTHER_ROUTE = "other"
 
 
 class Edge:
-    """Wraps the app. The request's id is in `scope["state"]["request_id"]`; what the app puts into
-    `more_headers` there goes into the answer's head."""
+    """Wraps the app. The request's id is in `scope["state"]["request_id"]`, and the mesh's name for
+    it, the same unless the client chose one, in `call_id`; what the app puts into `more_headers`
+    there goes into the answer's head."""
 
     def __init__(
         self, app: ASGIApp, metrics: GatewayMetrics, log: structlog.stdlib.BoundLogger
@@ -33,8 +34,9 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = safe_id(Headers(scope=scope).get("x-request-id")) or secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        call_id = secrets.token_hex(16)
+        request_id = safe_id(Headers(scope=scope).get("x-request-id")) or call_id
+        scope.setdefault("state", {}).update(request_id=request_id, call_id=call_id)
         status = 0
 
         async def send_with_id(message: Message) -> None:

@@ -6,6 +6,7 @@ once; a `Submit` alone is waited for, since its failure is the client's answer.
 """
 
 import asyncio
+import logging
 from collections.abc import Iterable
 
 from services.gateway.calls import Call, Choice
@@ -275,8 +276,14 @@ class MeshLink:
             return
         call, choice = known
         self._forget(choice, error)
-        self._telemetry.log.warning(
-            "request failed", request_id=call.call_id, code=error.code, error=error.message
+        level = logging.WARNING if error.status >= 500 else logging.INFO
+        self._telemetry.log.log(
+            level,
+            "request failed",
+            request_id=call.call_id,
+            http_request_id=call.http_id,
+            code=error.code,
+            error=error.message,
         )
         call.changed.set()
 
@@ -297,7 +304,12 @@ class MeshLink:
         if not isinstance(failure, BusError):
             return failure
         self._metrics.errors.labels("bus").inc()
-        self._telemetry.log.warning("submit failed", request_id=call.call_id, error=str(failure))
+        self._telemetry.log.warning(
+            "submit failed",
+            request_id=call.call_id,
+            http_request_id=call.http_id,
+            error=str(failure),
+        )
         if isinstance(failure, BusFull):
             return busy("The mesh's queue is full. Try again later.", UNAVAILABLE_RETRY_S)
         return unavailable("The mesh cannot be reached now. Try again later.")

@@ -212,6 +212,22 @@ async def test_refusals_are_http_errors_also_for_streams(
     assert tuple(answer.headers.get(name) for name in names) == retry
 
 
+async def test_a_refusal_can_be_found_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its x-request-id is the mesh's own name for it, in journal and traces; a client's own stands
+    beside that in the log."""
+    async with staged(log_level="info") as stage:
+        stage.mesh.plan = rejecting(reason="deadline", detail="because")
+        answer = await stage.complete()
+        (spec,) = stage.mesh.specs.values()
+        assert spec.request_id == f"{answer.headers['x-request-id']}-0"
+        body = {"model": "demo_model", "prompt": "ROMEO:"}
+        await stage.client.post("/v1/completions", json=body, headers={"x-request-id": "mine"})
+        ids = list(stage.mesh.specs)
+    (line,) = [json.loads(x) for x in capsys.readouterr().err.splitlines() if "mine" in x]
+    assert f"{line['request_id']}-0" == ids[1]
+    assert (line["level"], line["code"]) == ("info", "deadline_unreachable")
+
+
 def failing_late(spec: RequestSpec) -> list[Saying]:
     end = TokenRun(
         request_id=spec.request_id,

@@ -27,7 +27,7 @@ TIMEOUT_S = 150.0
 def stream(url: str, max_tokens: int, **more: object) -> Iterator[str]:
     """The text pieces of a streamed completion; ends with [DONE]."""
     body = {"model": "demo_model", "prompt": "ROMEO:\n", "max_tokens": max_tokens, "stream": True}
-    request = {"json": {**body, **more}, "timeout": TIMEOUT_S}
+    request = {"json": {"seed": 1, **body, **more}, "timeout": TIMEOUT_S}
     with httpx.stream("POST", f"{url}/v1/completions", **request) as answer:  # type: ignore[arg-type]
         assert answer.status_code == 200, answer.read()
         data = [""]
