@@ -223,7 +223,8 @@ async def test_a_refusal_can_be_found_again(capsys: pytest.CaptureFixture[str]) 
         body = {"model": "demo_model", "prompt": "ROMEO:"}
         await stage.client.post("/v1/completions", json=body, headers={"x-request-id": "mine"})
         ids = list(stage.mesh.specs)
-    (line,) = [json.loads(x) for x in capsys.readouterr().err.splitlines() if "mine" in x]
+    lines = [json.loads(x) for x in capsys.readouterr().err.splitlines() if "mine" in x]
+    (line,) = [line for line in lines if line["event"] == "request failed"]
     assert f"{line['request_id']}-0" == ids[1]
     assert (line["level"], line["code"]) == ("info", "deadline_unreachable")
 
