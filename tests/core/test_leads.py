@@ -3,7 +3,7 @@
 from random import Random
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from services.scheduler.core.presets import preset_named
 from shared.messages import GatewayBeat
@@ -51,6 +51,8 @@ def crowded(
     capacity=st.integers(300, 3_000),
     prompts=st.sampled_from((1.0, 2.0)),
 )
+@example(seed=7, workers=1, places=0, capacity=300, prompts=1.0)
+@example(seed=10, workers=1, places=0, capacity=300, prompts=2.0)
 @settings(max_examples=10, deadline=None)
 def test_nobody_is_ahead_of_a_tenant_that_waits_by_more_than_prompts_and_its_leases(
     seed: int, workers: int, places: int, capacity: int, prompts: float

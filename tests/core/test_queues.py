@@ -1,7 +1,7 @@
 """Waiting queues against their definitions: plain lists, sorted anew for every question."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -305,3 +305,29 @@ def test_larry_is_first_come_first_served_while_few_wait() -> None:
     for number in range(3, 8):
         queue.push(request_of(number, arrived_at=2.0), 2.0)
     assert queue.head(2.0) is pair[1]
+
+
+def test_like_requests_of_a_burst_keep_their_order_while_the_mean_volume_follows_them() -> None:
+    """The least that is needed of a scale: it stands still until the mean is a quarter off."""
+    mean = [1e4]
+    estimates = replace(ESTIMATES, mean_volume=lambda: mean[0])
+    queue = QUEUES["volume"](CONSTANTS, estimates)
+    for number in range(20):
+        queue.push(request_of(number, arrived_at=number / 1000), number / 1000)
+        mean[0] *= 1.01
+    assert served(queue, 1.0) == list(range(20))
+    queue.push(request_of(20, arrived_at=2.0), 2.0)
+    mean[0] *= 1.3  # a boost is worth less now
+    queue.push(request_of(21, arrived_at=2.001), 2.001)
+    assert served(queue, 3.0) == [21, 20]
+
+
+def test_a_newcomer_stands_behind_equals_that_came_before_it() -> None:
+    """Tenants that come while others wait are lifted to the same account."""
+    queue = make("volume", volume_boost_s=0.0)
+    for number in range(5):
+        queue.push(request_of(number, 100, tenant=f"t{number}"), 0.0)
+    newcomer = request_of(5, 50, tenant="new")
+    assert queue.ahead_tokens(newcomer, 0.0) == 500
+    queue.charge(request_of(9, 100, tenant="t4"), 1_000, 0)
+    assert queue.ahead_tokens(newcomer, 0.0) == 400

@@ -128,7 +128,7 @@ def _described(
     if request.state is State.DONE:
         yield from _ended(request, now, commands)
     elif request.state is State.WAITING:
-        ahead = core.books.waits.tokens - request.input_tokens
+        ahead = core.books.waits.tokens - request.prompt_tokens
         yield (
             f"{CAME[request.came]}, waits for {WAITING_FOR[request.waits_for]}"
             f"{_figures(request)} ({max(0, ahead)} tokens of other input wait)"

@@ -70,6 +70,8 @@ def _within(
     claim = line.claim()
     if claim is None or claim.tenant == tenant or request.spec.priority < claim.priority:
         return True
+    if more and books.shares.resting.get(tenant):
+        return False  # those who rest go on first; else one could wait for the memory they hold
     ahead = line.lead(tenant, claim.tenant)
     ahead += line.price(tenant, prompt, shares.leased.get(tenant, 0) + lease)
     if ahead <= share * bound(books, tenant, prompt, lease, more):

@@ -151,12 +151,12 @@ def drained_s(books: Books, waiting_tokens: float, now: float, guess: float | No
 
 
 def _guessed_per_s(books: Books, now: float) -> float:
-    """Input that is placed in a second: as fast as prefill goes; if memory or places are full, no
-    faster than those that run end."""
+    """Input that is placed in a second: as fast as prefill goes; where that is not what is waited
+    for, memory or places are, and it is no faster than those that run end."""
     usable, waiting = books.board.taking, len(books.waits)
     prefill = usable / books.pace.prefill_token_s
     running = books.board.running
-    if not waiting or not usable or not running or _has_room(books, 1, now, backlog_below=np.inf):
+    if not waiting or not usable or not running or _opens_s(books, now) > 0:
         return prefill
     output_s = books.outputs.guess() * _token_time_s(books, running / usable)
     return min(prefill, running / output_s * books.waits.tokens / waiting)

@@ -1,7 +1,8 @@
 """Waits: how much work waits, before whom, and how fast it lately went to the workers.
 
-The unit of work is a token of input: the prefill that it costs and the memory that it takes are
-what keeps a request waiting, and both grow with it. On the Azure conversations this predicts waits
+The unit of work is a token of the prompt: the prefill that it costs and the memory that it takes
+are what keeps a request waiting, and both grow with it. Who comes back for want of memory counts as
+when it was new: where many do, their output would make the queue look fast. On the Azure conversations this predicts waits
 with half the error of counting requests (docs/operations.md, overload).
 """
 
@@ -20,7 +21,7 @@ class Waits:
 
     tokens: int = 0
     served: BusyRate = field(default_factory=BusyRate)
-    """Tokens of input placed per second, of those that had to wait."""
+    """Tokens of prompts placed per second, of those that had to wait."""
     _by_priority: dict[int, int] = field(default_factory=dict)
     _counted: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Request id to (priority, tokens), as it was counted."""
@@ -30,7 +31,7 @@ class Waits:
 
     def joined(self, request: Request, now: float, *, workers: int) -> None:
         """It waits. Time without a worker says nothing of how fast workers are."""
-        priority, tokens = request.spec.priority, request.input_tokens
+        priority, tokens = request.spec.priority, request.prompt_tokens
         self._counted[request.request_id] = priority, tokens
         self._by_priority[priority] = self._by_priority.get(priority, 0) + tokens
         self.tokens += tokens

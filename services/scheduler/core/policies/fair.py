@@ -191,7 +191,8 @@ class Fair:
         self, request: Request, ahead: Callable[[Tenant, Request | None], float]
     ) -> float:
         """Input that is served before a newcomer: of its own tenant what is `ahead` of it, of
-        others' (`ahead` of nobody: all they have) until each was given as much."""
+        others' (`ahead` of nobody: all they have) until each was given more; of equals, as those
+        are who were lifted to the same account, who came first is served first."""
         accounts, own = self._accounts, request.spec.tenant
         lane = self._tenants.get(own)
         mine = ahead(lane, request) if lane is not None else 0.0
@@ -199,12 +200,14 @@ class Fair:
         if lane is None:  # it will be lifted
             given = max(given, min(map(accounts.given, self._tenants), default=given))
         until = given + accounts.price(1, 0) * mine / accounts.weight(own)
-        others = 0.0
+        others, turn = 0.0, (accounts.row(own), until)
         for name, other in self._tenants.items():
-            if name == own:
+            if name == own or (accounts.row(name), accounts.given(name)) > turn:
                 continue
-            lead = max(0.0, until - accounts.given(name)) * accounts.weight(name)
-            others += min(ahead(other, None), lead / max(1e-9, accounts.price(1, 0)))
+            all_ = ahead(other, None)
+            lead = (until - accounts.given(name)) * accounts.weight(name)
+            before = lead / max(1e-9, accounts.price(1, 0)) + all_ / len(other)
+            others += min(all_, before) if accounts.row(name) == turn[0] else all_
         return mine + others
 
     @property

@@ -22,6 +22,9 @@ from services.scheduler.core.state import Request
 
 LARGE = 3.0
 """Mean volumes from which a request gets no boost."""
+SCALE_KEPT = 1.25
+"""The mean volume that counts stays as it is until the real one is so many times larger or smaller:
+if it followed each newcomer, those of a burst of like requests would pass each other."""
 LOOKED_AT, OTHERS_LOOKED_AT = 64, 8
 """Entries whose input is added up to tell what is ahead of one, of its own tenant and of each other
 one; of more these stand for all."""
@@ -71,11 +74,11 @@ class Listed:
             most = LOOKED_AT
         if request is not None and count <= self._backfill_max:
             before = (entry[3] for entry in self._entries[:count])
-            return sum(r.input_tokens for r in before if not self._lets_pass(r, request))
+            return sum(r.prompt_tokens for r in before if not self._lets_pass(r, request))
         if not count:
             return 0.0
         some = self._entries[: count : -(-count // most)]
-        return sum(entry[3].input_tokens for entry in some) / len(some) * count
+        return sum(entry[3].prompt_tokens for entry in some) / len(some) * count
 
     def _lets_pass(self, waiting: Request, newcomer: Request) -> bool:
         overtaken = 0 < waiting.overtaken < self._overtaken_max
@@ -95,6 +98,7 @@ class StandingQueue(Accounted):
     def __init__(self, constants: Constants, estimates: Estimates) -> None:
         self._boost_s, self._constants = constants.volume_boost_s, constants
         self._estimates = estimates
+        self._scale = 0.0
         self._timed: dict[str, tuple[float, Request]] = {}
         """Of those with a deadline that are not late: when they will be."""
         self._clock: list[tuple[float, str]] = []
@@ -146,7 +150,7 @@ class StandingQueue(Accounted):
         if rank[2] or (isinstance(lane, Fair) and lane.tenants > TENANTS_LOOKED_AT):
             return None
         victims = self._lanes.get((rank[0], False, False))
-        first = sum(r.input_tokens for r in victims.ordered(now)) if victims is not None else 0
+        first = sum(r.prompt_tokens for r in victims.ordered(now)) if victims is not None else 0
         own = lane.ahead_tokens(request, _ahead_in) if isinstance(lane, Fair) else 0.0
         return first + own
 
@@ -213,7 +217,10 @@ class StandingQueue(Accounted):
     def _boost(self, request: Request) -> float:
         left, input_tokens = self._estimates.left_tokens(request), request.input_tokens
         volume = input_tokens * left + left * left / 2
-        return self._boost_s * min(1.0, volume / max(1.0, LARGE * self._estimates.mean_volume()))
+        mean = max(1.0, self._estimates.mean_volume())
+        if not mean / SCALE_KEPT <= self._scale <= mean * SCALE_KEPT:
+            self._scale = mean
+        return self._boost_s * min(1.0, volume / (LARGE * self._scale))
 
     def _latest_start(self, request: Request) -> float | None:
         """When it has to be placed to keep its deadlines, by prediction; None: it has none."""
