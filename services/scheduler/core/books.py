@@ -8,6 +8,7 @@ from services.scheduler.core.board import Board
 from services.scheduler.core.calibration import Calibration
 from services.scheduler.core.comers import Comers
 from services.scheduler.core.draws import Draws
+from services.scheduler.core.exploring import Explorer
 from services.scheduler.core.lines import Lines
 from services.scheduler.core.outputs import Outputs
 from services.scheduler.core.policies.batching import SORTED_BY_LENGTH
@@ -152,6 +153,8 @@ class Books:
     """Predictions that were told, and how far they were off."""
     calibration: Calibration = field(default_factory=Calibration)
     """How true predicted quantiles of outputs were."""
+    explorer: Explorer = field(default_factory=Explorer)
+    """Lets one in now and then whose output is thought too long."""
     homes: Homes = field(default_factory=Homes)
     """Where the beginnings of prompts were computed lately."""
     door: Door = field(default_factory=Door)

@@ -125,7 +125,8 @@ def cancel(books: Books, event: Cancel, now: float) -> None:
     elif request.state is not State.DONE:
         ended_early(books, request, event.output_tokens, now)
         moves.drop_placed(books, request)
-        moves.finish(books, request, "cancelled", request.output_tokens, now)
+        told = min(event.output_tokens, request.spec.max_tokens)
+        moves.finish(books, request, "cancelled", max(request.output_tokens, told), now)
 
 
 def stopped(books: Books, event: Stopped, now: float) -> None:

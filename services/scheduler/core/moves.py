@@ -194,8 +194,10 @@ def finish(
         return
     request.published = True
     spec = request.spec
+    if output_tokens > 0 and reason != "error":
+        books.outputs.saw(request.prompt_tokens, output_tokens, cut=reason != "stop")
+    books.explorer.ended(spec.request_id, kept=_in_time(request, reason, now))
     if reason in ("stop", "length"):
-        books.outputs.saw(request.prompt_tokens, output_tokens)
         books.promises.ended(request, now)
         books.calibration.ended(request.predicted_quantiles, output_tokens)
         margin, constants = books.margin, books.constants
@@ -214,6 +216,13 @@ def finish(
             reason=reason,
         )
     )
+
+
+def _in_time(request: Request, reason: FinishReason, now: float) -> bool:
+    """It is complete, and as soon as its client wanted."""
+    limit_ms = request.spec.deadline_ms
+    in_time = limit_ms is None or now - request.arrived_at <= limit_ms / 1000
+    return reason in ("stop", "length") and in_time
 
 
 def give_up(

@@ -2,14 +2,20 @@
 
 Requests are alike if their prompts are: on the Azure conversations the median of all outputs misses
 a request's own by 66 % (median), the median of outputs after prompts within 9 % of its length by
-13 %. Where the prompt says little (ShareGPT) nothing is lost. This is soft state: a new leader
-begins with what the estimator remembers.
+13 %. Where the prompt says little (ShareGPT) nothing is lost. An output that its limit or its
+client cut says only that it would have been longer: its weight goes to the longer ones, and what is
+beyond the longest counts as it. This is soft state: a new leader begins with what the estimator
+remembers.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, log2
+
+import numpy as np
+
+from services.scheduler.core.policies.lengths import redistributed
 
 PER_OCTAVE = 8
 """Classes of prompt length in a factor of two."""
@@ -30,28 +36,29 @@ ShareGPT (283) [T]. Admission by memory, which has to be careful, has stand-ins 
 class Outputs:
     """Lengths are in tokens. Bounded: a class for each 9 % of prompt length."""
 
-    _classes: dict[int, deque[int]] = field(default_factory=dict)
+    _classes: dict[int, deque[tuple[int, bool]]] = field(default_factory=dict)
+    """Each with whether it was cut."""
     _sorted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What was said of a class since its neighbourhood last changed."""
     _latest: deque[int] = field(default_factory=lambda: deque(maxlen=WANTED))
     """Of all classes."""
 
-    def saw(self, prompt_tokens: int, output_tokens: int) -> None:
-        """A request ended by itself or at its limit."""
-        key = self._note(prompt_tokens, output_tokens)
+    def saw(self, prompt_tokens: int, output_tokens: int, *, cut: bool = False) -> None:
+        """A request ended; `cut`: not by itself."""
+        key = self._note(prompt_tokens, output_tokens, cut)
         for near in range(key - REACH, key + REACH + 1):
             self._sorted.pop(near, None)
 
     def learn(self, prompts: Sequence[int], outputs: Sequence[int]) -> None:
         """What somebody else remembers, oldest first."""
         for prompt_tokens, output_tokens in zip(prompts, outputs, strict=True):
-            self._note(prompt_tokens, output_tokens)
+            self._note(prompt_tokens, output_tokens, cut=False)
         self._sorted.clear()
 
-    def _note(self, prompt_tokens: int, output_tokens: int) -> int:
+    def _note(self, prompt_tokens: int, output_tokens: int, cut: bool) -> int:
         """The class in which it is."""
         key = _class_of(prompt_tokens)
-        self._classes.setdefault(key, deque(maxlen=KEPT)).append(output_tokens)
+        self._classes.setdefault(key, deque(maxlen=KEPT)).append((output_tokens, cut))
         self._latest.append(output_tokens)
         return key
 
@@ -80,7 +87,13 @@ class Outputs:
             distance += 1
             found += self._classes.get(key - distance, ())
             found += self._classes.get(key + distance, ())
-        return tuple(sorted(found)) if len(found) >= ENOUGH else ()
+        if len(found) < ENOUGH:
+            return ()
+        lengths = sorted(length for length, _ in found)
+        if not any(cut and length < lengths[-1] for length, cut in found):
+            return tuple(lengths)
+        each, cuts = (np.array(column) for column in zip(*found, strict=True))
+        return tuple(np.minimum(redistributed(each, cuts), lengths[-1]).tolist())
 
 
 def quantile(outputs: Sequence[int], level: float) -> int:

@@ -5,7 +5,8 @@ the rate at which waiting input was placed lately (waits.py), unless a worker ha
 Where the order is not that of arrival the queue says what is ahead of it (`ahead_tokens`). If no
 worker has room for it now it waits for one more placing, and until a worker has little enough
 prefill queued. Then its prefill waits its turn there, as long as reports tell (rate.py). Its length
-is that of the recent outputs of like prompts (outputs.py): half of them are longer. Closed batches
+is that of the recent outputs of like prompts (outputs.py), or of those for which about the same was
+predicted: half of them are longer. Closed batches
 are predicted from the fitted costs. Everything is O(1) in the number of waiting requests; what is
 predicted is compared with what came (promises.py), and the margins of refusals follow from that.
 """
@@ -19,6 +20,7 @@ from services.scheduler.core.books import Books
 from services.scheduler.core.calibration import LEVELS
 from services.scheduler.core.outputs import middle, quantile
 from services.scheduler.core.policies.pacing import LEASE_PACINGS
+from services.scheduler.core.policies.survival import kind_of
 from services.scheduler.core.state import Request
 from shared import tokens
 from shared.messages import RequestSpec
@@ -63,7 +65,7 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     """What to expect for this new request."""
     own = tokens.count(spec.prompt)
     _remember(books)
-    outputs = books.outputs.like(own)
+    outputs = _outputs(books, spec, own)
     length = min(_length(books, outputs), spec.max_tokens)
     if not books.leased:
         return _of_batches(books, spec, length, outputs)
@@ -85,6 +87,21 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
         alone_start_s=min(start_s, books.firsts.after_s(own, 0.0, 0.0)),
         alone_token_s=min(token_s, alone_s),
     )
+
+
+def _outputs(books: Books, spec: RequestSpec, own: int) -> Sequence[int]:
+    """Lengths that its output may have, ascending; empty: nothing is known of it."""
+    sampling, told = spec.sampling, spec.predicted_output_tokens or 0
+    if sampling.ignore_eos and not sampling.stop_token_ids:
+        return (spec.max_tokens,)
+    outputs: Sequence[int] = ()
+    if told and books.preset.admission == "chance":
+        outputs = books.lengths.told(spec.max_tokens, kind_of(own, told))
+    outputs = outputs or books.outputs.like(own)
+    if sampling.min_tokens and (not outputs or outputs[0] < sampling.min_tokens):
+        longer = tuple(length for length in outputs if length >= sampling.min_tokens)
+        return longer or (sampling.min_tokens,)
+    return outputs
 
 
 def _token_time_s(books: Books, running: float) -> float:
@@ -173,9 +190,8 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
     newcomer = newcomer_of(books, spec, now)
     turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
-    if not ahead and _has_room(books, own, now):
-        return 0.0, queue_s
-    # Placings come like the ends that make room for them: the next one is a mean placing away,
+    # Whoever waits was refused by all workers: a newcomer, even if it is the next, waits for one more
+    # placing. Placings come like the ends that make room for them: the next one is a mean placing away,
     # whenever the last one was.
     taken = ahead + books.waits.served.event_work + own
     guess = _guessed_per_s(books, now)
@@ -189,16 +205,14 @@ def _opens_s(books: Books, now: float) -> float:
     return over * books.firsts.token_s if 0 < over < np.inf else 0.0
 
 
-def _has_room(books: Books, own: int, now: float, backlog_below: float | None = None) -> bool:
+def _has_room(books: Books, own: int, now: float) -> bool:
     """Whether some worker has memory for it and little prefill queued. Its gate may say no."""
     constants = books.constants
-    if backlog_below is None:
-        backlog_below = constants.bind_backlog_tokens or np.inf
     lease = LEASE_PACINGS[books.preset.pacing](0, constants)
     eligible = books.board.with_room(
         own + lease - 1,
         own,
-        backlog_below,
+        constants.bind_backlog_tokens or np.inf,
         constants.running_max or np.inf,
         now,
         constants.bind_backlog_estimated,

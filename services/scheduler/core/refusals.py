@@ -7,8 +7,9 @@ everybody is told: it can be foretold, since nothing joins meanwhile; a door tha
 place that falls vacant could promise nobody anything. And a *deadline* that would be missed: who
 is refused for it hears how long one that names no deadline would wait for its first token; where a
 mean rate says little, from rehearsals (rehearsing.py). If it would be missed without any queue too,
-trying again does not help, and that is said. What is known of times comes from those who were let
-in: so an empty mesh that has heard nothing for a while lets one in to find out.
+trying again does not help, and that is said. What is known of times and lengths comes from those
+who were let in: so an empty mesh that has heard nothing for a while lets one in to find out, and
+now and then so is one whose output is thought too long (exploring.py).
 """
 
 import msgspec
@@ -99,7 +100,10 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
     if not crowded and passes:
         return None
     wait_s = prediction.queue_s
-    detail = f"a wait of {wait_s:.1f} s" if slow else f"{books.waiting} requests are waiting"
+    detail = f"{books.waiting} requests are waiting"
+    if longest_s and not crowded:
+        allowed = "are allowed" if slow else "are left; it opens when part of them has gone"
+        detail += f": {_in_words(wait_s)}, {_in_words(longest_s)} {allowed}"
     opens_s = drained_s(books, waiting - door.opens_at_tokens, now)
     retry_s = opens_s if books.leased else predicted_wait_s(books)
     return _rejected(books, spec, "queue_full", detail, retry_s)
@@ -130,7 +134,9 @@ def _too_late(
             detail = f"the end is expected in {_in_words(prediction.finish_s)}, or "
             detail += f"{_in_words(start_s + more * token_s)} if it is late or long"
             detail += f"; {_in_words(within_s)} are allowed"
-            helps = alone_s + more * prediction.alone_token_s <= within_s
+            helps = alone_s + more * promises.safe_token_s(prediction.alone_token_s) <= within_s
+            if not helps and _explores(books, spec, prediction, start_s, now):
+                return None
             retry_s = _sooner_s(books, spec, prediction, token_s, now) if helps else None
             return _rejected(books, spec, "deadline", detail, retry_s)
     return None
@@ -166,6 +172,24 @@ def _unproven(books: Books, spec: RequestSpec, prediction: Prediction, now: floa
         within_ms is None or within_ms / 1000 >= least * expected_s
         for within_ms, expected_s in limits
     )
+
+
+def _explores(
+    books: Books, spec: RequestSpec, prediction: Prediction, start_s: float, now: float
+) -> bool:
+    """Whether it is let in although its output is thought too long. Not where its length is known
+    to be, nor who asks for a small part of what is expected."""
+    if not books.leased or prediction.wait_s > 0 or not books.explorer.may(now):
+        return False
+    assert spec.deadline_ms is not None
+    within_s, sampling = spec.deadline_ms / 1000, spec.sampling
+    least = spec.max_tokens if sampling.ignore_eos else max(1, sampling.min_tokens)
+    if start_s + (least - 1) * prediction.token_s > within_s:
+        return False
+    if within_s < UNPROVEN_LEAST * prediction.finish_s:
+        return False
+    books.explorer.takes(spec.request_id, now)
+    return True
 
 
 def _in_words(seconds: float) -> str:

@@ -2,8 +2,9 @@
 
 The unit of work is a token of the prompt: the prefill that it costs and the memory that it takes
 are what keeps a request waiting, and both grow with it. Who comes back for want of memory counts as
-when it was new: where many do, their output would make the queue look fast. On the Azure conversations this predicts waits
-with half the error of counting requests (docs/operations.md, overload).
+when it was new: where many do, their output would make the queue look fast. On the Azure
+conversations this predicts waits with half the error of counting requests (docs/operations.md,
+overload).
 """
 
 from dataclasses import dataclass, field

@@ -34,6 +34,7 @@ Floats = NDArray[np.float64]
 
 REMEMBERED_MAX = 4096
 """Expectations kept until the history changes."""
+LIKELY = tuple((number + 0.5) / 32 for number in range(32))
 OPEN_END = 1 << 40
 """A length that is not known to end: above every limit."""
 
@@ -92,6 +93,13 @@ class LengthModel:
             if len(self._quantiles) < REMEMBERED_MAX:
                 self._quantiles[key] = known
         return known
+
+    def told(self, cap: int, kind: int) -> tuple[int, ...]:
+        """What became of those for which about the same was predicted: equally likely lengths,
+        ascending; empty where predictions are not heard."""
+        if not self.survival.hears(kind):
+            return ()
+        return tuple(max(1, round(length)) for length in self.quantiles(LIKELY, cap, kind))
 
     # ------------------------------------------------------------------------------------ samples
 
@@ -253,7 +261,7 @@ def _survival(
     if censored is not None and not censored.any():
         censored = None
     if kinds is None:
-        seen = lengths if censored is None else _redistributed(lengths, censored)
+        seen = lengths if censored is None else redistributed(lengths, censored)
         return survival_of(seen, None, requests, OPEN_END, bounded=bounded)
     prompts, levels = kinds % KINDS, kinds // KINDS
     pools = pools_of(lengths, censored, prompts, levels, _seen)
@@ -268,11 +276,11 @@ def _survival(
 def _seen(lengths: Ints, censored: NDArray[np.bool_] | None) -> Ints:
     """In ascending order, the weight of cut ones on those above them."""
     if censored is not None and censored.any():
-        return _redistributed(lengths, censored)
+        return redistributed(lengths, censored)
     return np.sort(lengths)
 
 
-def _redistributed(lengths: Ints, censored: NDArray[np.bool_]) -> Ints:
+def redistributed(lengths: Ints, censored: NDArray[np.bool_]) -> Ints:
     """As many equally likely lengths as there were, after Kaplan and Meier: the quantiles
     (i + 1/2) / n of the estimate; OPEN_END where it does not come down so far."""
     count = len(lengths)

@@ -157,6 +157,10 @@ class Survival:
         left: Floats = ((chance[:, 1:] + chance[:, :-1]) * (np.diff(ahead) / 2)).sum(axis=1)
         return left
 
+    def hears(self, kind: int) -> bool:
+        """Whether what was predicted for requests of this class counts."""
+        return len(self._row_of) > 0 and bool(self._row_of[kind // KINDS])
+
     def quantiles(self, levels: Sequence[float], cap: int, kind: int) -> tuple[float, ...]:
         """Of the output of a new request of a class with this limit: with a chance of `level` it is
         no longer. Linear between the instants of the grid; beyond its end the end."""
