@@ -32,13 +32,14 @@ def event(content: dict[str, Any]) -> bytes:
 def waiting_comment(call: Call, now: float) -> bytes:
     """A comment for a stream that has nothing else to say: what is expected from now on, in
     milliseconds, as it was predicted when the call was accepted. Of what is over nothing is said,
-    but by how much a start is late."""
+    but by how much a start is late; the end is then as far away as it was to be from the start."""
     if call.promise is None:
         return b": waiting\n\n"
     start_s, finish_s = (at - now for at in call.promise)
     begun = any(choice.first_token_at is not None for choice in call.choices)
     words = []
     if not begun:
+        finish_s -= min(0.0, start_s)
         words.append(_milliseconds("start", start_s) or _milliseconds("late", -start_s))
     words.append(_milliseconds("finish", finish_s))
     said = " ".join(filter(None, words))

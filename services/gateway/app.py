@@ -40,6 +40,7 @@ from shared.telemetry.tracing import traceparent_of
 
 MILLISECONDS_DIGITS_MAX = 9
 PATH_SHOWN_MAX = 200
+HEADER_SHOWN_MAX = 80
 ID_PREFIXES: dict[Endpoint, str] = {"completions": "cmpl-", "chat": "chatcmpl-"}
 
 
@@ -253,7 +254,13 @@ def make_app(api: Api) -> FastAPI:
 
 
 def wishes_of(request: Request) -> Wishes:
-    """What the x-tranche headers say. Raises ApiError."""
+    """What the x-tranche headers say. Raises ApiError, also for one that nobody knows: its author
+    would think that it counts."""
+    known = {"x-tranche-ttft-ms", "x-tranche-deadline-ms"}
+    for name in request.headers:
+        if name.startswith("x-tranche-") and name not in known:
+            advice = "a request may have " + " and ".join(sorted(known))
+            raise invalid(f"The header '{name[:HEADER_SHOWN_MAX]}' is not known; {advice}.")
     return Wishes(
         ttft_deadline_ms=_milliseconds(request, "x-tranche-ttft-ms"),
         deadline_ms=_milliseconds(request, "x-tranche-deadline-ms"),
@@ -269,10 +276,12 @@ def product_version() -> str:
 
 
 def _milliseconds(request: Request, header: str) -> int | None:
-    text = request.headers.get(header)
-    if text is None:
+    texts = request.headers.getlist(header)
+    if not texts:
         return None
-    text = text.strip(" \t")
+    if len(texts) > 1:
+        raise invalid(f"The header '{header}' is there {len(texts)} times; send it once.", header)
+    text = texts[0].strip(" \t")
     if not re.fullmatch(rf"[1-9][0-9]{{0,{MILLISECONDS_DIGITS_MAX - 1}}}", text):
         most = 10**MILLISECONDS_DIGITS_MAX - 1
         asked = f"must be a whole number of milliseconds, from 1 to {most}"

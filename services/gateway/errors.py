@@ -139,6 +139,26 @@ def overdue(message: str) -> ApiError:
     return ApiError(408, message, code="deadline_exceeded", kind="timeout_error")
 
 
+def too_slow_here(start_s: float, passed_s: float, within_s: float) -> ApiError:
+    """429: the mesh would be in time, but the request was too long on its way through this gateway;
+    it passes."""
+    return _unreachable(
+        f"the first token is expected in {start_s:.2f} s, since the request has been "
+        f"{passed_s:.2f} s on its way; {within_s:.2f} s are allowed",
+        passed_s,
+    )
+
+
+def _unreachable(detail: str, retry_after_s: float | None) -> ApiError:
+    return ApiError(
+        429,
+        f"The request's time limit cannot be met now ({detail}).",
+        code="deadline_unreachable",
+        kind="rate_limit_error",
+        retry_after_s=retry_after_s,
+    )
+
+
 def failed(message: str) -> ApiError:
     """500: the mesh could not make the output."""
     return ApiError(500, message, code="generation_failed", kind="server_error")
@@ -163,13 +183,7 @@ def rejected(rejection: Rejected, param: str) -> ApiError:
             message = f"No worker is there to serve this model{detail}."
             return unavailable(message, wait_s, NO_WORKER)
         case "deadline":
-            return ApiError(
-                429,
-                f"The request's deadline cannot be met now{detail}.",
-                code="deadline_unreachable",
-                kind="rate_limit_error",
-                retry_after_s=retry_after_s,
-            )
+            return _unreachable(rejection.detail or "no reason is known", retry_after_s)
         case "too_long":
             return invalid(
                 f"Prompt and completion fit no worker's memory{detail}. Shorten the prompt or "

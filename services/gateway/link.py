@@ -29,6 +29,7 @@ from services.gateway.errors import (
     overdue,
     rejected,
     slow_reader,
+    too_slow_here,
     unavailable,
 )
 from services.gateway.metrics import GatewayMetrics
@@ -195,15 +196,31 @@ class MeshLink:
                 case Ended():
                     self._on_end(output)
                 case Promised():
-                    known = self._open.get(output.request_id)
-                    if known is not None:
-                        known[1].promise = now + output.start_s, now + output.finish_s
+                    self._on_promise(output, now)
                 case Refused():
                     self._on_refusal(output)
                 case Expired():
                     self._fail(output.request_id, overdue("The request's time is over."))
                 case _:
                     self._outbox.put(output)
+
+    def _on_promise(self, promised: Promised, now: float) -> None:
+        """The scheduler counts from when it heard of the request. Where the way to it and back took
+        so long that the client's limit will be missed all the same, that is said, not promised."""
+        known = self._open.get(promised.request_id)
+        if known is None:
+            return
+        call, choice = known
+        choice.promise = now + promised.start_s, now + promised.finish_s
+        within_ms = choice.spec.ttft_deadline_ms
+        if within_ms is None or choice.first_token_at is not None:
+            call.changed.set()
+            return
+        start_s, passed_s = choice.promise[0] - call.received_at, now - call.received_at
+        if start_s > within_ms / 1_000:
+            self._fail(promised.request_id, too_slow_here(start_s, passed_s, within_ms / 1_000))
+            self._send(self._ledger.cancel(promised.request_id))
+        call.changed.set()
 
     def _on_tokens(self, arrived: Arrived, now: float) -> None:
         known = self._open.get(arrived.request_id)

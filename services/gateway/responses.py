@@ -4,7 +4,8 @@ Theory of operation. The call is submitted when the response starts, so that a c
 away is noticed from the first moment. A loop waits for the call to change and writes all that is
 new in one piece; while it writes, more may come, so a slow client gets fewer and larger events.
 The status line is held back until the first token or `keepalive_s`: a refusal in that time is a
-proper HTTP error, later ones are error events.
+proper HTTP error, later ones are error events. Who is told that it waits longer than `LONG_WAIT_S`
+hears that at once.
 
 A stream writes a few bytes for every token, and a timer for every wait and every write would cost
 more than all the rest. So an answer has one timer, which is set anew only when it fires: it looks
@@ -23,6 +24,7 @@ from services.gateway.calls import Call
 from services.gateway.errors import ApiError
 from services.gateway.link import MeshLink
 
+LONG_WAIT_S = 1.0
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -152,7 +154,7 @@ class CallResponse(Response):
             if self._gone:
                 return 499
             events, over = self._new_events()
-            if self._silent and not events:
+            if not events and (self._silent or self._waits_long()):
                 events = waiting_comment(self._call, self._link.now())
             self._silent = False
             if events:
@@ -160,6 +162,13 @@ class CallResponse(Response):
                 self._link.caught_up(self._call)
             if over:
                 return 200
+
+    def _waits_long(self) -> bool:
+        """It was accepted and waits, and its client has not been told so."""
+        promise = self._call.promise
+        if promise is None or self._started or self._call.error is not None:
+            return False
+        return promise[0] - self._link.now() > LONG_WAIT_S
 
     def _new_events(self) -> tuple[bytes, bool]:
         """All that is new, and whether the stream is over. Raises ApiError if it never began."""

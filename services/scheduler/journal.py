@@ -1,11 +1,14 @@
 """The journal file: every event and decision, as `core.replay` reads them."""
 
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from services.scheduler.core.replay import Started, Step, to_bytes
 
 BUFFER_BYTES = 1 << 16
+FLUSHED_S = 0.5
+"""What was recorded can be read so much later, while the scheduler lives: it beats as often."""
 
 
 class Journal:
@@ -16,6 +19,7 @@ class Journal:
         """Raises OSError if the file cannot be made."""
         self._file: BinaryIO | None = path.open("wb", buffering=BUFFER_BYTES)
         self._left = bytes_max
+        self._flushed_at = time.monotonic()
         self.error = ""
         """Why it stopped; empty while it records."""
 
@@ -29,6 +33,10 @@ class Journal:
             return
         try:
             self._file.write(body)
+            now = time.monotonic()
+            if now >= self._flushed_at + FLUSHED_S:
+                self._flushed_at = now
+                self._file.flush()
         except OSError as error:
             self._stop(str(error))
 

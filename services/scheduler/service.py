@@ -220,12 +220,23 @@ class _Shell:
         core = Scheduler(settings.preset(), settings.constants())
         self._core = core
         self._workers_lost = self._compared = 0
-        if self._journal is not None:
-            self._journal.record(replay.started(settings.policy, settings.constants()))
+        self._record(replay.started(settings.policy, settings.constants()))
         self._metrics.elected()
         self._log.info("scheduler.elected", epoch=epoch)
         self._ask(core, Elected(epoch=epoch))
         return core
+
+    def _record(self, record: replay.Started | replay.Step) -> None:
+        """Into the journal, if there is one; that it ends is said once."""
+        journal = self._journal
+        if journal is None or journal.error:
+            return
+        journal.record(record)
+        if journal.error:
+            self._count("journal")
+            self._log.error(
+                "scheduler.journal_ended", file=self._settings.journal, error=journal.error
+            )
 
     def _resign(self, why: str) -> None:
         """What we know may be out of date; another may lead by now."""
@@ -260,9 +271,7 @@ class _Shell:
                 raise
             return
         self._metrics.decision.observe(time.perf_counter() - began)
-        if self._journal is not None:
-            step = replay.Step(now=now, event=event, commands=tuple(commands))
-            self._journal.record(step)
+        self._record(replay.Step(now=now, event=event, commands=tuple(commands)))
         for command in commands:
             if isinstance(event, Submit) and isinstance(command, Rejected):
                 record_refused(self._tracer, event, command, decided_s)

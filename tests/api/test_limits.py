@@ -14,7 +14,7 @@ from services.gateway.service import serve
 from services.gateway.settings import GatewaySettings
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.config import SetupError
-from shared.messages import Accepted, RequestSpec, SchedulerBeat, Submit
+from shared.messages import Accepted, Cancel, RequestSpec, SchedulerBeat, Submit
 from shared.telemetry.setup import start
 from tests.api.conftest import DEMO_MODEL, Stage, free_port, staged
 from tests.api.fake_mesh import Saying, faithful
@@ -113,7 +113,7 @@ async def test_what_is_predicted_is_in_the_headers(stage: Stage, *, stream: bool
     [
         (2.5, 9.0, r": waiting, predicted start-ms=(\d+) finish-ms=(\d+)"),
         (0.01, 9.0, r": waiting, predicted late-ms=(\d+) finish-ms=(\d+)"),
-        (0.01, 0.02, r": waiting, predicted late-ms=(\d+)"),
+        (0.01, 0.03, r": waiting, predicted late-ms=(\d+) finish-ms=(20)"),
     ],
 )
 async def test_who_waits_is_told_for_how_long(
@@ -133,8 +133,54 @@ async def test_who_waits_is_told_for_how_long(
     assert found is not None
     first_ms, *finish_ms = map(int, found.groups())
     assert 0 < first_ms <= 2_500
-    assert all(first_ms < one <= 9_000 for one in finish_ms)
+    assert all(0 < one <= 9_000 for one in finish_ms)
     assert rest[-2:] == ["data: [DONE]", ""]
+
+
+async def test_who_waits_long_is_told_at_once(stage: Stage) -> None:
+    """Not only when the connection has been silent for as long as one may be."""
+    assert stage.settings.keepalive_s >= 5
+    stage.mesh.plan = lambda spec: promised(spec)[:1]
+    body = {"model": "demo_model", "prompt": "x", "stream": True}
+    async with asyncio.timeout(2), stage.client.stream("POST", "/v1/completions", json=body) as got:
+        assert got.status_code == 200
+        assert "x-tranche-predicted-start-ms" in got.headers
+        assert (await anext(got.aiter_lines())).startswith(": waiting, predicted start-ms=2")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_would_begin_too_late_for_its_client_is_not_promised(
+    stage: Stage, *, stream: bool
+) -> None:
+    """The scheduler counts from when it heard of it; its client from when it asked."""
+    stage.mesh.plan = lambda spec: promised(spec, 0.5)[:1]
+    body = {"model": "demo_model", "prompt": "x", "stream": stream}
+    headers = {"x-tranche-ttft-ms": "500"}
+    answer = await stage.client.post("/v1/completions", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "deadline_unreachable")
+    assert "on its way; 0.50 s are allowed" in answer.json()["error"]["message"]
+    assert int(answer.headers["retry-after-ms"]) >= 1
+    await stage.mesh.until_heard(Cancel)
+    stage.mesh.plan = lambda spec: promised(spec, 0.01)
+    answer = await stage.client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("x-tranche-deadline", "2000")],
+        [("X-Tranche-Priority", "1"), ("x-tranche-ttft-ms", "500")],
+        [("x-tranche-ttft-ms", "9000"), ("x-tranche-ttft-ms", "1")],
+    ],
+)
+async def test_limits_that_would_not_count_are_errors(
+    stage: Stage, headers: list[tuple[str, str]]
+) -> None:
+    body = {"model": "demo_model", "prompt": "x"}
+    answer = await stage.client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 400
+    assert "x-tranche-ttft-ms" in answer.json()["error"]["message"]
 
 
 async def test_the_workers_context_counts_too(stage: Stage) -> None:

@@ -1,13 +1,22 @@
 """The outbox and the journal: order for each receiver, bounds, and what happens to errors."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
-from services.scheduler.core.replay import BadJournal, Started, Step, records, replay, started
+from services.scheduler.core.replay import (
+    BadJournal,
+    Started,
+    Step,
+    records,
+    replay,
+    started,
+    to_bytes,
+)
 from services.scheduler.core.settings import Constants
-from services.scheduler.journal import Journal
+from services.scheduler.journal import FLUSHED_S, Journal
 from services.scheduler.outbox import IN_FLIGHT_MAX, WAITING_MAX, Outbox
 from shared.bus.api import Address, BusError, Unroutable
 from shared.bus.memory import MemoryBroker, MemoryBus
@@ -105,6 +114,24 @@ def test_a_journal_ends_at_its_greatest_size(tmp_path: Path) -> None:
     assert isinstance(kept[0], Started)
     assert len(kept) > 5
     assert replay(path.read_bytes()[:-3])[1] is None
+
+
+def test_a_journal_can_be_read_while_its_scheduler_lives(tmp_path: Path) -> None:
+    """A beat is enough for that, soon after."""
+    path = tmp_path / "journal"
+    journal = Journal(path, bytes_max=10_000)
+    journal.record(started("scls", Constants()))
+    time.sleep(FLUSHED_S)
+    journal.record(Step(now=1.0, event=None, commands=()))
+    assert len(list(records(path.read_bytes()))) == 2
+    journal.close()
+
+
+def test_a_damaged_journal_says_where() -> None:
+    whole = to_bytes(started("scls", Constants()))
+    broken = to_bytes(Step(now=1.0, event=None, commands=())).replace(b"now", b"\xd8ow")
+    with pytest.raises(BadJournal, match=f"damaged.* at byte {len(whole)}"):
+        list(records(whole + broken))
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 8, b"\x00\x00\x00\x02ok", b"\x00\x00\x00\x01\xc0"])

@@ -12,8 +12,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
+from structlog.testing import capture_logs
 
 from services.scheduler.core.replay import replay
+from services.scheduler.journal import FLUSHED_S
 from services.scheduler.service import serve
 from services.scheduler.settings import SchedulerSettings
 from shared import tokens
@@ -226,6 +228,20 @@ async def test_one_request_in_two_slices(mesh: Mesh, tmp_path: Path) -> None:
     assert steps > 5
     assert difference is None
     assert replay(journal.read_bytes(), policy="sls")[1] is not None
+
+
+async def test_a_journal_that_cannot_be_written_is_said_once(mesh: Mesh) -> None:
+    """The disk is full: scheduling goes on, and whoever wanted the record is told."""
+    with capture_logs() as logs:
+        async with mesh.scheduler(journal="/dev/full"):
+            await mesh.beat()
+            await mesh.peer.get(SchedulerBeat)
+            await asyncio.sleep(2 * FLUSHED_S)
+            await mesh.beat()
+            await mesh.peer.get(SchedulerBeat)
+    (said,) = [line for line in logs if line["event"] == "scheduler.journal_ended"]
+    assert "No space left" in said["error"]
+    assert 'kind="journal"' in mesh.metrics()
 
 
 async def test_an_idle_mesh_answers_at_once(mesh: Mesh) -> None:

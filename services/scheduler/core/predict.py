@@ -190,9 +190,9 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
     newcomer = newcomer_of(books, spec, now)
     turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
-    # Whoever waits was refused by all workers: a newcomer, even if it is the next, waits for one more
-    # placing. Placings come like the ends that make room for them: the next one is a mean placing away,
-    # whenever the last one was.
+    # Whoever waits was refused by all workers: a newcomer, even if it is the next, waits for one
+    # more placing. They come like the ends that make room for them: the next one is a mean placing
+    # away, whenever the last one was.
     taken = ahead + books.waits.served.event_work + own
     guess = _guessed_per_s(books, now)
     return _opens_s(books, now) + drained_s(books, taken, now, guess), queue_s

@@ -81,8 +81,9 @@ def records(data: bytes) -> Iterator[Started | Step]:
             return
         try:
             yield _decoder.decode(body)
-        except msgspec.DecodeError as error:
-            raise BadJournal(f"no journal, or of another version: {error}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            why = f"no journal, damaged, or of another version, at byte {at}: {error}"
+            raise BadJournal(why) from error
         at += LENGTH_BYTES + length
 
 
