@@ -114,6 +114,7 @@ def _too_late(
 ) -> Rejected | None:
     """A deadline that would be missed."""
     if _unproven(books, spec, prediction, now):
+        books.explorer.takes(spec.request_id, now)
         return None
     promises, alone_s = books.promises, prediction.alone_start_s
     start_s = promises.safe_s(prediction.start_s, alone_s)
