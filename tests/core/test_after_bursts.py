@@ -155,6 +155,19 @@ def test_a_mesh_that_heard_nothing_for_a_while_lets_one_in_to_find_out() -> None
     assert isinstance(mesh.ask(max_tokens=200, deadline_ms=20_000), Rejected), "one is enough"
 
 
+def test_who_is_let_in_to_find_out_is_enough_even_if_nothing_comes_of_it() -> None:
+    mesh = Mesh()
+    slow_before(mesh)
+    accepted = 0
+    for _ in range(40):
+        mesh.pass_s(0.5)
+        answer = mesh.ask(max_tokens=200, deadline_ms=20_000)
+        if isinstance(answer, Accepted):
+            accepted += 1
+            mesh.say(Cancel(gateway="g1", request_id=answer.request_id))
+    assert accepted == 20 / UNPROVEN_S
+
+
 def test_who_allows_little_is_let_in_after_a_longer_silence() -> None:
     mesh = Mesh()
     slow_before(mesh)

@@ -74,6 +74,26 @@ def test_outputs_are_told_by_like_prompts() -> None:
     assert [quantile(outputs.like(100), level) for level in (0.2, 0.5, 0.9)] == [10, 11, 12]
 
 
+def test_an_output_that_was_cut_would_have_been_longer() -> None:
+    outputs = Outputs()
+    for number in range(40):
+        outputs.saw(100, 1, cut=True)
+        if number % 4 == 0:
+            outputs.saw(100, 50 + number)
+    assert outputs.like(100)[0] == 50, "how long the others became speaks for them"
+    assert len(outputs.like(100)) == 50
+    assert outputs.like(100)[-1] == 86
+
+
+def test_where_all_were_cut_no_output_is_known_to_be_longer() -> None:
+    outputs, learnt = Outputs(), Outputs()
+    for number in range(20):
+        outputs.saw(100, 90 + number % 3, cut=True)
+    assert set(outputs.like(100)) == {92}
+    learnt.learn([100] * 20, [90 + number % 3 for number in range(20)], b"\1" * 20)
+    assert learnt.like(100) == outputs.like(100)
+
+
 def test_the_margin_follows_how_often_starts_were_late() -> None:
     promises, calm = Promises(), Promises()
     for number in range(400):

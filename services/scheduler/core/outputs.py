@@ -49,10 +49,12 @@ class Outputs:
         for near in range(key - REACH, key + REACH + 1):
             self._sorted.pop(near, None)
 
-    def learn(self, prompts: Sequence[int], outputs: Sequence[int]) -> None:
-        """What somebody else remembers, oldest first."""
-        for prompt_tokens, output_tokens in zip(prompts, outputs, strict=True):
-            self._note(prompt_tokens, output_tokens, cut=False)
+    def learn(
+        self, prompts: Sequence[int], outputs: Sequence[int], cuts: Sequence[int] = b""
+    ) -> None:
+        """What somebody else remembers, oldest first; `cuts`: 1 for those that were cut."""
+        for number, (prompt_tokens, output_tokens) in enumerate(zip(prompts, outputs, strict=True)):
+            self._note(prompt_tokens, output_tokens, cut=number < len(cuts) and cuts[number] != 0)
         self._sorted.clear()
 
     def _note(self, prompt_tokens: int, output_tokens: int, cut: bool) -> int:

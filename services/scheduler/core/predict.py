@@ -228,7 +228,8 @@ def _remember(books: Books) -> None:
     known = next((one for one in classes if one.model == books.workers.model), None)
     whole = known is not None and len(known.prompts) == len(known.lengths)
     if known is not None and whole and len(known.lengths) % tokens.TOKEN_BYTES == 0:
-        books.outputs.learn(tokens.unpack(known.prompts), tokens.unpack(known.lengths))
+        prompts, lengths = tokens.unpack(known.prompts), tokens.unpack(known.lengths)
+        books.outputs.learn(prompts, lengths, known.censored)
 
 
 def _length(books: Books, outputs: Sequence[int]) -> int:

@@ -45,7 +45,7 @@ class Promises:
     compared: int = 0
     """Ever; the latest of them are in `misses`."""
     heard_at: float = 0.0
-    """When a request last began or ended."""
+    """When a request last began, ended, or was let in to find out."""
     _log_waiting: float = log(LATE_FIRST)
     _log_at_once: float = log(LATE_FIRST)
     _log_token: float = log(LATE_FIRST)

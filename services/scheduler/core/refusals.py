@@ -115,6 +115,7 @@ def _too_late(
     """A deadline that would be missed."""
     if _unproven(books, spec, prediction, now):
         books.explorer.takes(spec.request_id, now)
+        books.promises.heard_at = now  # one is enough, whatever becomes of it
         return None
     promises, alone_s = books.promises, prediction.alone_start_s
     start_s = promises.safe_s(prediction.start_s, alone_s)
