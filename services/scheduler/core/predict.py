@@ -69,7 +69,7 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
     length = min(_length(books, outputs), spec.max_tokens)
     if not books.leased:
         return _of_batches(books, spec, length, outputs)
-    wait_s, queue_s = _waits_s(books, spec, own, now)
+    wait_s, queue_s = _waits_s(books, spec, own, length, now)
     backlog = books.board.least_backlog(now, estimated=False)
     running = books.board.least_running()
     start_s = wait_s + books.firsts.after_s(own, backlog if backlog < np.inf else 0.0, running)
@@ -110,13 +110,14 @@ def _token_time_s(books: Books, running: float) -> float:
     return books.pace.token_s if known_s is None else known_s
 
 
-def newcomer_of(books: Books, spec: RequestSpec, now: float) -> Request:
-    """As it would be if it were taken in."""
+def newcomer_of(books: Books, spec: RequestSpec, length: int, now: float) -> Request:
+    """As it would be if it were taken in, with so long an output expected."""
     return Request(
         spec=spec,
         number=books.requests.taken + 1,
         prompt_tokens=tokens.count(spec.prompt),
         predicted_tokens=spec.predicted_output_tokens or 0,
+        predicted_output=length,
         arrived_at=now,
     )
 
@@ -179,7 +180,9 @@ def _guessed_per_s(books: Books, now: float) -> float:
     return min(prefill, running / output_s * books.waits.tokens / waiting)
 
 
-def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[float, float]:
+def _waits_s(
+    books: Books, spec: RequestSpec, own: int, length: int, now: float
+) -> tuple[float, float]:
     """Until it is taken in its turn, and if all that waits were before it."""
     if not len(books.waits) and _has_room(books, own, now):
         return 0.0, 0.0
@@ -187,7 +190,7 @@ def _waits_s(books: Books, spec: RequestSpec, own: int, now: float) -> tuple[flo
     queue_s = drained_s(books, everybody + own, now)
     if books.lines.early:
         return queue_s, queue_s
-    newcomer = newcomer_of(books, spec, now)
+    newcomer = newcomer_of(books, spec, length, now)
     turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
     # Whoever waits was refused by all workers: a newcomer, even if it is the next, waits for one

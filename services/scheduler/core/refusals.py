@@ -59,7 +59,7 @@ def _note(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
     comers.wanted = comers.wanted or (names and books.leased)
     if comers.wanted:
         within_s = start_within_s(books, spec, prediction)
-        note_comer(books, newcomer_of(books, spec, now), within_s, now)
+        note_comer(books, newcomer_of(books, spec, prediction.output_tokens, now), within_s, now)
 
 
 def _never(books: Books, spec: RequestSpec) -> Rejected | None:
@@ -201,8 +201,9 @@ def _in_words(seconds: float) -> str:
 def _patient_s(books: Books, spec: RequestSpec, now: float) -> float:
     """Its start, if it were in no hurry: a deadline moves it up, and behind all once it is late."""
     patient = msgspec.structs.replace(spec, ttft_deadline_ms=None, deadline_ms=None)
-    by_rate_s = predict(books, patient, now).start_s
-    rehearsed_s = rehearsed_start_s(books, newcomer_of(books, patient, now), now)
+    expected = predict(books, patient, now)
+    by_rate_s, length = expected.start_s, expected.output_tokens
+    rehearsed_s = rehearsed_start_s(books, newcomer_of(books, patient, length, now), now)
     return by_rate_s if rehearsed_s is None else blended_s(rehearsed_s, by_rate_s)
 
 

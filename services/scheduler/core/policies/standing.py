@@ -229,7 +229,10 @@ class StandingQueue(Accounted):
         if spec.ttft_deadline_ms is not None and not request.output_tokens:
             latest.append(spec.ttft_deadline_ms / 1000 - estimates.prefill_s(request))
         if spec.deadline_ms is not None:
-            decode_s = estimates.left_tokens(request) * estimates.token_s()
+            left = estimates.left_tokens(request)
+            if request.predicted_output:  # by what it was taken in
+                left = min(left, max(1, request.predicted_output - request.output_tokens))
+            decode_s = left * estimates.token_s()
             latest.append(spec.deadline_ms / 1000 - estimates.prefill_s(request) - decode_s)
         return request.arrived_at + min(latest) if latest else None
 
