@@ -89,6 +89,8 @@ class RequestSpec(Value, frozen=True, kw_only=True):
     deadline_ms: int | None = None
     predicted_output_tokens: int | None = None
     """What the client, or a predictor before the mesh, expects of the output; a hint only."""
+    stop_strings: bool = False
+    """Its gateway looks for strings that end it; no worker knows of them."""
     trace: str = ""
     """W3C traceparent of the request's root span; empty if it is not sampled."""
 

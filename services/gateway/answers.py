@@ -36,9 +36,8 @@ def waiting_comment(call: Call, now: float) -> bytes:
     if call.promise is None:
         return b": waiting\n\n"
     start_s, finish_s = (at - now for at in call.promise)
-    begun = any(choice.first_token_at is not None for choice in call.choices)
     words = []
-    if not begun:
+    if not call.begun:
         finish_s -= min(0.0, start_s)
         words.append(_milliseconds("start", start_s) or _milliseconds("late", -start_s))
     words.append(_milliseconds("finish", finish_s))

@@ -81,6 +81,16 @@ class Call:
         return min(start for start, _ in told), max(finish for _, finish in told)
 
     @property
+    def promised(self) -> bool:
+        """All choices were."""
+        return all(choice.promise is not None for choice in self.choices)
+
+    @property
+    def begun(self) -> bool:
+        """Some choice has tokens."""
+        return any(choice.first_token_at is not None for choice in self.choices)
+
+    @property
     def error(self) -> ApiError | None:
         """The first choice's error, if one failed."""
         return next((c.error for c in self.choices if c.error is not None), None)

@@ -143,8 +143,8 @@ def too_slow_here(start_s: float, passed_s: float, within_s: float) -> ApiError:
     """429: the mesh would be in time, but the request was too long on its way through this gateway;
     it passes."""
     return _unreachable(
-        f"the first token is expected in {start_s:.2f} s, since the request has been "
-        f"{passed_s:.2f} s on its way; {within_s:.2f} s are allowed",
+        f"the first token is expected {start_s:.2f} s after the request was received, "
+        f"{passed_s:.2f} s of which it was on its way; {within_s:.2f} s are allowed",
         passed_s,
     )
 

@@ -208,19 +208,19 @@ class MeshLink:
         """The scheduler counts from when it heard of the request. Where the way to it and back took
         so long that the client's limit will be missed all the same, that is said, not promised."""
         known = self._open.get(promised.request_id)
-        if known is None:
-            return
+        if known is None or known[1].promise is not None:
+            return  # the first word stands
         call, choice = known
         choice.promise = now + promised.start_s, now + promised.finish_s
+        call.changed.set()
         within_ms = choice.spec.ttft_deadline_ms
-        if within_ms is None or choice.first_token_at is not None:
-            call.changed.set()
+        if within_ms is None or call.begun or not call.promised:
             return
-        start_s, passed_s = choice.promise[0] - call.received_at, now - call.received_at
+        assert call.promise is not None
+        start_s, passed_s = call.promise[0] - call.received_at, now - call.received_at
         if start_s > within_ms / 1_000:
             self._fail(promised.request_id, too_slow_here(start_s, passed_s, within_ms / 1_000))
             self._send(self._ledger.cancel(promised.request_id))
-        call.changed.set()
 
     def _on_tokens(self, arrived: Arrived, now: float) -> None:
         known = self._open.get(arrived.request_id)

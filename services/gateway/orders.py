@@ -86,6 +86,7 @@ def add_choices(
                 ttft_deadline_ms=wishes.ttft_deadline_ms,
                 deadline_ms=wishes.deadline_ms,
                 predicted_output_tokens=None if guess is None else min(guess, max_tokens),
+                stop_strings=bool(request.stops),
                 trace=call.trace,
             )
             transcript = Transcript(

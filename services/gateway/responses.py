@@ -4,8 +4,8 @@ Theory of operation. The call is submitted when the response starts, so that a c
 away is noticed from the first moment. A loop waits for the call to change and writes all that is
 new in one piece; while it writes, more may come, so a slow client gets fewer and larger events.
 The status line is held back until the first token or `keepalive_s`: a refusal in that time is a
-proper HTTP error, later ones are error events. Who is told that it waits longer than `LONG_WAIT_S`
-hears that at once.
+proper HTTP error, later ones are error events. Who is accepted and told that it waits longer than
+`LONG_WAIT_S` gets the status line with that at once; what fails after it is an error event, too.
 
 A stream writes a few bytes for every token, and a timer for every wait and every write would cost
 more than all the rest. So an answer has one timer, which is set anew only when it fires: it looks
@@ -167,6 +167,8 @@ class CallResponse(Response):
         """It was accepted and waits, and its client has not been told so."""
         promise = self._call.promise
         if promise is None or self._started or self._call.error is not None:
+            return False
+        if not self._call.promised:  # another choice may still be refused
             return False
         return promise[0] - self._link.now() > LONG_WAIT_S
 

@@ -14,7 +14,7 @@ from services.gateway.service import serve
 from services.gateway.settings import GatewaySettings
 from shared.bus.memory import MemoryBroker, MemoryBus
 from shared.config import SetupError
-from shared.messages import Accepted, Cancel, RequestSpec, SchedulerBeat, Submit
+from shared.messages import Accepted, Cancel, Rejected, RequestSpec, SchedulerBeat, Submit
 from shared.telemetry.setup import start
 from tests.api.conftest import DEMO_MODEL, Stage, free_port, staged
 from tests.api.fake_mesh import Saying, faithful
@@ -158,12 +158,62 @@ async def test_what_would_begin_too_late_for_its_client_is_not_promised(
     headers = {"x-tranche-ttft-ms": "500"}
     answer = await stage.client.post("/v1/completions", json=body, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "deadline_unreachable")
-    assert "on its way; 0.50 s are allowed" in answer.json()["error"]["message"]
+    assert "it was on its way; 0.50 s are allowed" in answer.json()["error"]["message"]
     assert int(answer.headers["retry-after-ms"]) >= 1
     await stage.mesh.until_heard(Cancel)
     stage.mesh.plan = lambda spec: promised(spec, 0.01)
     answer = await stage.client.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200
+
+
+async def test_the_first_word_of_a_promise_stands(stage: Stage) -> None:
+    """Messages come twice, and later than they were sent."""
+    stage.mesh.plan = lambda spec: promised(spec, 0.4)[:1]
+    body = {"model": "demo_model", "prompt": "x"}
+    headers = {"x-tranche-ttft-ms": "600"}
+    asking = asyncio.create_task(stage.client.post("/v1/completions", json=body, headers=headers))
+    await stage.mesh.until_heard(Submit)
+    await asyncio.sleep(0.3)
+    (spec,) = stage.mesh.specs.values()
+    for message in promised(spec, 0.4):
+        await stage.mesh.say(message)
+    answer = await asking
+    assert answer.status_code == 200
+    assert int(answer.headers["x-tranche-predicted-start-ms"]) < 600
+
+
+async def test_one_choice_in_time_is_enough(stage: Stage) -> None:
+    """The limit is for the first token of any."""
+    stage.mesh.plan = lambda spec: promised(spec, 0.01 if spec.request_id.endswith("0") else 9.0)
+    body = {"model": "demo_model", "prompt": "x", "n": 2}
+    answer = await stage.client.post(
+        "/v1/completions", json=body, headers={"x-tranche-ttft-ms": "500"}
+    )
+    assert answer.status_code == 200
+
+
+async def test_a_refused_choice_is_an_error_also_where_the_other_would_wait(stage: Stage) -> None:
+    def plan(spec: RequestSpec) -> list[Saying]:
+        if spec.request_id.endswith("0"):
+            return promised(spec)[:1]
+        return []
+
+    stage.mesh.plan = plan
+    asking = asyncio.create_task(stage.complete(stream=True, n=2))
+    await stage.mesh.until_heard(Submit, 2)
+    await asyncio.sleep(0.1)
+    _, spec = stage.mesh.specs.values()
+    await stage.mesh.say(
+        Rejected(
+            epoch=1,
+            gateway=spec.gateway,
+            request_id=spec.request_id,
+            reason="queue_full",
+            retry_after_s=3.0,
+        )
+    )
+    answer = await asking
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Mesh(Bench):
 
     def ask(self, **changes: object) -> Accepted | Rejected:
         self.sent += 1
-        answers = self.say(Submit(spec=spec_of(f"r{self.sent}", **changes), told=True))
+        answers = self.say(Submit(spec=spec_of(f"asked-{self.sent}", **changes), told=True))
         return next(c for c in answers if isinstance(c, Accepted | Rejected))
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from services.scheduler.core.exploring import FIRST_S, LEAST_S, MOST_S, Explorer
+from services.scheduler.core.exploring import FIRST_S, LEAST_S, MOST_S, REFUSED_LEAST, Explorer
 from shared import tokens
 from shared.messages import (
     Accepted,
@@ -44,7 +44,8 @@ def ask(mesh: Mesh, **changes: object) -> Accepted | Rejected:
 def test_one_is_let_in_from_time_to_time_and_sooner_while_it_goes_well() -> None:
     explorer = Explorer()
     assert not explorer.may(5.0), "the first one that is refused"
-    assert explorer.may(5.0 + FIRST_S)
+    assert not explorer.may(5.0 + FIRST_S), "where few ask, few are let in"
+    assert [explorer.may(5.0 + FIRST_S) for _ in range(REFUSED_LEAST)][-1]
     explorer.takes("a", 15.0)
     assert not explorer.may(15.0 + FIRST_S), "one is under way"
     explorer.ended("b", kept=False)
@@ -59,7 +60,8 @@ def test_one_is_let_in_from_time_to_time_and_sooner_while_it_goes_well() -> None
         explorer.ended(str(number), kept=False)
     assert explorer.every_s == MOST_S
     explorer.takes("lost", 200.0)
-    assert explorer.may(200.0 + MOST_S), "whoever is never heard of again stops nobody"
+    later = 200.0 + MOST_S
+    assert any(explorer.may(later) for _ in range(9)), "who is not heard of again stops nobody"
 
 
 def test_short_outputs_are_not_locked_out_by_long_ones(mesh: Mesh) -> None:
@@ -72,6 +74,15 @@ def test_short_outputs_are_not_locked_out_by_long_ones(mesh: Mesh) -> None:
         answers.append(ask(mesh))
     assert not any(isinstance(answer, Accepted) for answer in answers[: int(FIRST_S * 3.5)])
     assert all(isinstance(answer, Accepted) for answer in answers[-20:]), "that is known now"
+
+
+def test_who_names_no_limit_finds_nothing_out() -> None:
+    """An idle mesh takes it in anyway."""
+    mesh = Mesh()
+    for _ in range(6):
+        mesh.pass_s(6.0)
+        mesh.serve(1, LONG)
+    assert mesh.core.books.explorer == Explorer()
 
 
 def test_long_ones_find_out_little(mesh: Mesh) -> None:
@@ -115,6 +126,24 @@ def test_what_the_client_says_of_its_length_counts() -> None:
         assert answer.finish_s > 0.7
         late = mesh.ask(max_tokens=LONG, sampling=sampling, deadline_ms=WITHIN_MS)
         assert isinstance(late, Rejected)
+
+
+def test_a_least_length_is_no_more_than_that() -> None:
+    mesh = Mesh()
+    usual = mesh.ask(max_tokens=LONG)
+    assert mesh.ask(max_tokens=LONG, sampling=Sampling(min_tokens=1)).output_tokens == (
+        usual.output_tokens
+    )
+
+
+def test_strings_that_end_an_output_are_heeded() -> None:
+    """Only its gateway knows them."""
+    mesh = Mesh()
+    for _ in range(20):
+        mesh.serve(1, SHORT)
+    endless = Sampling(ignore_eos=True)
+    answer = mesh.ask(max_tokens=LONG, sampling=endless, stop_strings=True, deadline_ms=WITHIN_MS)
+    assert isinstance(answer, Accepted)
 
 
 def test_predictions_count_where_they_told_something() -> None:

@@ -9,7 +9,7 @@ from services.scheduler.core.settings import Constants
 from services.scheduler.core.state import Request
 from services.scheduler.core.waits import Waits
 from shared import tokens
-from shared.messages import Accepted, Cancel, Rejected, RunSlice, Submit
+from shared.messages import Accepted, Cancel, GatewayBeat, Rejected, RunSlice, Submit
 from tests.core.seam import Bench, beat_of, spec_of, submit
 
 DOOR = Constants(slice_tokens=16, waiting_max=1000, wait_max_s=5.0, running_max=1)
@@ -85,6 +85,20 @@ def test_an_output_that_was_cut_would_have_been_longer() -> None:
     assert outputs.like(100)[-1] == 86
 
 
+def test_those_that_were_cut_put_nobody_out() -> None:
+    outputs = Outputs()
+    for _ in range(20):
+        outputs.saw(100, 800)
+    for number in range(200):
+        outputs.saw(100, 1, cut=True)
+        outputs.saw(100 if number % 50 == 0 else 9_000, 150, cut=True)
+    assert set(outputs.like(100)) == {800}
+    assert outputs.guess() == 800
+    for _ in range(65):
+        outputs.saw(100, 30)
+    assert set(outputs.like(100)) == {30}, "all that came before the latest full ones is forgotten"
+
+
 def test_where_all_were_cut_no_output_is_known_to_be_longer() -> None:
     outputs, learnt = Outputs(), Outputs()
     for number in range(20):
@@ -118,6 +132,26 @@ def busy_bench(constants: Constants = DOOR, queued: int = 0, policy: str = "past
     served = bench.core.books.waits.served
     served.work, served.events, served.since = 10.0 * 60, 60.0, 60.0
     return bench
+
+
+@pytest.mark.parametrize("seconds", [0.1, 5.0, 60.0])
+def test_who_waits_for_much_room_is_in_nobody_s_way(seconds: float) -> None:
+    """A large prompt finds no room, for long; small ones do all the time, limits or not."""
+    bench = Bench("tranche", Constants(slice_tokens=16))
+    for _ in range(int(seconds * 10)):
+        bench.say(beat_of("w1", forms=("leased",), capacity=4_000, context_tokens_max=4_000))
+        bench.say(GatewayBeat(gateway="g1"))
+        if not bench.core.books.requests.open:
+            for number in range(6):
+                bench.say(submit(f"runs{number}", prompt=tokens.pack(range(80)), max_tokens=40))
+            bench.say(submit("giant", prompt=tokens.pack(range(3_700)), max_tokens=200))
+            assert bench.core.books.requests.open["giant"].waits_for == "room"
+        bench.after(0.1)
+    urgent = spec_of("small", prompt=tokens.pack(range(20)), ttft_deadline_ms=2_000, priority=-1)
+    said = bench.say(Submit(spec=urgent, told=True))
+    (told,) = [c for c in said if isinstance(c, Accepted)]
+    assert told.start_s < 1.0
+    assert any(isinstance(c, RunSlice) for c in said), "and it begins at once"
 
 
 def test_an_accepted_request_is_told_what_is_predicted_if_its_gateway_asks() -> None:

@@ -153,6 +153,8 @@ class Books:
     """Predictions that were told, and how far they were off."""
     calibration: Calibration = field(default_factory=Calibration)
     """How true predicted quantiles of outputs were."""
+    head_waits_for: str = ""
+    """Why the head of the line was last refused; see `Request.waits_for`."""
     explorer: Explorer = field(default_factory=Explorer)
     """Lets one in now and then whose output is thought too long."""
     homes: Homes = field(default_factory=Homes)

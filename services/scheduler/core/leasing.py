@@ -182,6 +182,7 @@ def _admit_from_centre(books: Books, round_: Round) -> None:
             if request.waits_for != "memory":
                 room = _room_for(books, request, round_.now)
                 reasons.waits(request, books.board.hindrance(*room))
+            books.head_waits_for = request.waits_for
             _make_way(books, request, round_)
             break
     if books.constants.backfill_max and round_.tests_left > 0:

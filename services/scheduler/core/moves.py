@@ -219,7 +219,7 @@ def finish(
 
 
 def _in_time(request: Request, reason: FinishReason, now: float) -> bool:
-    """It is complete, and as soon as its client wanted."""
+    """It is complete, and ended as soon as its client wanted."""
     limit_ms = request.spec.deadline_ms
     in_time = limit_ms is None or now - request.arrived_at <= limit_ms / 1000
     return reason in ("stop", "length") and in_time

@@ -20,7 +20,7 @@ from services.scheduler.core.policies.lengths import redistributed
 PER_OCTAVE = 8
 """Classes of prompt length in a factor of two."""
 KEPT = 64
-"""Outputs remembered of each class."""
+"""Full outputs remembered of each class, and as many that were cut."""
 WANTED = 32
 """With fewer outputs in a class its neighbours count too,"""
 REACH = 2 * PER_OCTAVE
@@ -37,11 +37,12 @@ class Outputs:
     """Lengths are in tokens. Bounded: a class for each 9 % of prompt length."""
 
     _classes: dict[int, deque[tuple[int, bool]]] = field(default_factory=dict)
-    """Each with whether it was cut."""
+    """Each with whether it was cut: the latest full ones, and of those that were cut since the
+    first of them the latest, so that none that was cut puts a full one out."""
     _sorted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What was said of a class since its neighbourhood last changed."""
     _latest: deque[int] = field(default_factory=lambda: deque(maxlen=WANTED))
-    """Of all classes."""
+    """Of all classes, not cut."""
 
     def saw(self, prompt_tokens: int, output_tokens: int, *, cut: bool = False) -> None:
         """A request ended; `cut`: not by itself."""
@@ -60,8 +61,13 @@ class Outputs:
     def _note(self, prompt_tokens: int, output_tokens: int, cut: bool) -> int:
         """The class in which it is."""
         key = _class_of(prompt_tokens)
-        self._classes.setdefault(key, deque(maxlen=KEPT)).append((output_tokens, cut))
-        self._latest.append(output_tokens)
+        if output_tokens > 0:
+            known = self._classes.setdefault(key, deque())
+            known.append((output_tokens, cut))
+            if sum(was_cut == cut for _, was_cut in known) > KEPT:
+                _drop_first(known, cut)
+            if not cut:
+                self._latest.append(output_tokens)
         return key
 
     def guess(self) -> int:
@@ -72,7 +78,7 @@ class Outputs:
 
     def __bool__(self) -> bool:
         """Something has been seen."""
-        return bool(self._latest)
+        return bool(self._classes)
 
     def like(self, prompt_tokens: int) -> tuple[int, ...]:
         """Recent outputs of like requests, ascending; empty if too few are known."""
@@ -96,6 +102,15 @@ class Outputs:
             return tuple(lengths)
         each, cuts = (np.array(column) for column in zip(*found, strict=True))
         return tuple(np.minimum(redistributed(each, cuts), lengths[-1]).tolist())
+
+
+def _drop_first(known: deque[tuple[int, bool]], cut: bool) -> None:
+    """The oldest that was cut; or the oldest full one, and all before it."""
+    if cut:
+        del known[next(at for at, (_, was_cut) in enumerate(known) if was_cut)]
+        return
+    while known.popleft()[1]:
+        pass
 
 
 def quantile(outputs: Sequence[int], level: float) -> int:

@@ -92,15 +92,17 @@ def predict(books: Books, spec: RequestSpec, now: float) -> Prediction:
 def _outputs(books: Books, spec: RequestSpec, own: int) -> Sequence[int]:
     """Lengths that its output may have, ascending; empty: nothing is known of it."""
     sampling, told = spec.sampling, spec.predicted_output_tokens or 0
-    if sampling.ignore_eos and not sampling.stop_token_ids:
+    if sampling.ignore_eos and not sampling.stop_token_ids and not spec.stop_strings:
         return (spec.max_tokens,)
     outputs: Sequence[int] = ()
     if told and books.preset.admission == "chance":
         outputs = books.lengths.told(spec.max_tokens, kind_of(own, told))
     outputs = outputs or books.outputs.like(own)
-    if sampling.min_tokens and (not outputs or outputs[0] < sampling.min_tokens):
-        longer = tuple(length for length in outputs if length >= sampling.min_tokens)
-        return longer or (sampling.min_tokens,)
+    least = sampling.min_tokens
+    if not outputs:
+        return (least,) if least > books.outputs.guess() else ()
+    if outputs[0] < least:
+        return tuple(length for length in outputs if length >= least) or (least,)
     return outputs
 
 
@@ -164,7 +166,8 @@ def drained_s(books: Books, waiting_tokens: float, now: float, guess: float | No
     if waiting_tokens <= 0:
         return 0.0
     guess = usable / books.pace.prefill_token_s if guess is None else guess
-    rate = books.waits.served.per_s(now, guess)
+    served = books.waits.served
+    rate = served.per_s(now, guess) if served.events else guess
     return min(WAIT_MAX_S, waiting_tokens / rate) if rate > 0 else WAIT_MAX_S
 
 
@@ -193,7 +196,9 @@ def _waits_s(
     newcomer = newcomer_of(books, spec, length, now)
     turn = books.lines.central.ahead_tokens(newcomer, now) if everybody else 0.0
     ahead = books.waits.ahead_tokens(spec.priority, turn)
-    # Whoever waits was refused by all workers: a newcomer, even if it is the next, waits for one
+    if not ahead and books.head_waits_for == "room" and _has_room(books, own, now):
+        return 0.0, queue_s  # the head is larger
+    # Else whoever waits was refused by the gates: a newcomer, even if it is the next, waits for one
     # more placing. They come like the ends that make room for them: the next one is a mean placing
     # away, whenever the last one was.
     taken = ahead + books.waits.served.event_work + own

@@ -102,8 +102,8 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
     wait_s = prediction.queue_s
     detail = f"{books.waiting} requests are waiting"
     if longest_s and not crowded:
-        allowed = "are allowed" if slow else "are left; it opens when part of them has gone"
-        detail += f": {_in_words(wait_s)}, {_in_words(longest_s)} {allowed}"
+        detail += f", {_in_words(wait_s)}; "
+        detail += f"{_in_words(longest_s)} are allowed" if slow else "it opens when part has gone"
     opens_s = drained_s(books, waiting - door.opens_at_tokens, now)
     retry_s = opens_s if books.leased else predicted_wait_s(books)
     return _rejected(books, spec, "queue_full", detail, retry_s)
@@ -112,11 +112,17 @@ def _full(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -
 def _too_late(
     books: Books, spec: RequestSpec, prediction: Prediction, now: float
 ) -> Rejected | None:
-    """A deadline that would be missed."""
-    if _unproven(books, spec, prediction, now):
+    """A deadline that would be missed; unless it is let in to find out."""
+    answer = _missed(books, spec, prediction, now)
+    if answer is None or not _unproven(books, spec, prediction, now):
+        return answer
+    if spec.deadline_ms is not None:
         books.explorer.takes(spec.request_id, now)
-        books.promises.heard_at = now  # one is enough, whatever becomes of it
-        return None
+    books.promises.heard_at = now  # one is enough, whatever becomes of it
+    return None
+
+
+def _missed(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> Rejected | None:
     promises, alone_s = books.promises, prediction.alone_start_s
     start_s = promises.safe_s(prediction.start_s, alone_s)
     if spec.ttft_deadline_ms is not None:
@@ -184,8 +190,9 @@ def _explores(
     if not books.leased or prediction.wait_s > 0 or not books.explorer.may(now):
         return False
     assert spec.deadline_ms is not None
-    within_s, sampling = spec.deadline_ms / 1000, spec.sampling
-    least = spec.max_tokens if sampling.ignore_eos else max(1, sampling.min_tokens)
+    within_s, least = spec.deadline_ms / 1000, max(1, spec.sampling.min_tokens)
+    if len(prediction.outputs) == 1:  # that long it will be
+        least = prediction.outputs[0]
     if start_s + (least - 1) * prediction.token_s > within_s:
         return False
     if within_s < UNPROVEN_LEAST * prediction.finish_s:

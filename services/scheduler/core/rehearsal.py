@@ -279,8 +279,6 @@ class Rehearsal:
         if place <= scene.backfill_max:
             ahead = [one for one in ahead if not self._lets_pass(one, entry)]
         alone_s = scene.after_s(entry.tokens, 0)
-        if not self._queue and self._best_for(entry.tokens, self._open(now)) is not None:
-            return alone_s
         tokens = sum(one.tokens for one in ahead) + scene.served_tokens + entry.tokens
         return alone_s + tokens / max(1.0, scene.served_per_s)
 
