@@ -38,7 +38,7 @@ class Outputs:
 
     _classes: dict[int, deque[tuple[int, bool]]] = field(default_factory=dict)
     """Each with whether it was cut: the latest full ones, and of those that were cut since the
-    first of them the latest, so that none that was cut puts a full one out."""
+    first of them the longest, so that none that was cut puts out one that tells more."""
     _sorted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What was said of a class since its neighbourhood last changed."""
     _latest: deque[int] = field(default_factory=lambda: deque(maxlen=WANTED))
@@ -105,9 +105,9 @@ class Outputs:
 
 
 def _drop_first(known: deque[tuple[int, bool]], cut: bool) -> None:
-    """The oldest that was cut; or the oldest full one, and all before it."""
+    """The one that was cut soonest, which tells least; or the oldest full one, and all before it."""
     if cut:
-        del known[next(at for at, (_, was_cut) in enumerate(known) if was_cut)]
+        known.remove((min(length for length, was_cut in known if was_cut), True))
         return
     while known.popleft()[1]:
         pass
