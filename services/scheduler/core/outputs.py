@@ -105,7 +105,7 @@ class Outputs:
 
 
 def _drop_first(known: deque[tuple[int, bool]], cut: bool) -> None:
-    """The one that was cut soonest, which tells least; or the oldest full one, and all before it."""
+    """The one that was cut soonest, which tells least; or the oldest full one and all before it."""
     if cut:
         known.remove((min(length for length, was_cut in known if was_cut), True))
         return
