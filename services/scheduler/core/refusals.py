@@ -123,6 +123,7 @@ def _too_late(
 
 
 def _missed(books: Books, spec: RequestSpec, prediction: Prediction, now: float) -> Rejected | None:
+    """By prediction, with its margins."""
     promises, alone_s = books.promises, prediction.alone_start_s
     start_s = promises.safe_s(prediction.start_s, alone_s)
     if spec.ttft_deadline_ms is not None:
