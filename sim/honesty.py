@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.scheduler.core.presets import preset_named
+from services.scheduler.core.presets import USUAL_POLICY, preset_named
 from shared.profiles import load_profile
 from sim.clients import Call
 from sim.items import Item, Workload
@@ -349,7 +349,7 @@ def table(figures: Sequence[Figure]) -> Table:
 
 
 def main(
-    policy: str = "past-future",
+    policy: str = USUAL_POLICY,
     requests: Annotated[int, typer.Option(help="Of each run.")] = 3_000,
     seeds: int = 3,
     arrivals: Annotated[str, typer.Option(help="steady or bursts; else both.")] = "",
