@@ -271,7 +271,8 @@ class _Shell:
                 raise
             return
         self._metrics.decision.observe(time.perf_counter() - began)
-        self._record(replay.Step(now=now, event=event, commands=tuple(commands)))
+        if self._journal is not None:
+            self._record(replay.Step(now=now, event=event, commands=tuple(commands)))
         for command in commands:
             if isinstance(event, Submit) and isinstance(command, Rejected):
                 record_refused(self._tracer, event, command, decided_s)

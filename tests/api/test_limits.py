@@ -140,12 +140,12 @@ async def test_who_waits_is_told_for_how_long(
 async def test_who_waits_long_is_told_at_once(stage: Stage) -> None:
     """Not only when the connection has been silent for as long as one may be."""
     assert stage.settings.keepalive_s >= 5
-    stage.mesh.plan = lambda spec: promised(spec)[:1]
+    stage.mesh.plan = lambda spec: promised(spec, 60.0, 90.0)[:1]
     body = {"model": "demo_model", "prompt": "x", "stream": True}
-    async with asyncio.timeout(2), stage.client.stream("POST", "/v1/completions", json=body) as got:
+    async with asyncio.timeout(4), stage.client.stream("POST", "/v1/completions", json=body) as got:
         assert got.status_code == 200
         assert "x-tranche-predicted-start-ms" in got.headers
-        assert (await anext(got.aiter_lines())).startswith(": waiting, predicted start-ms=2")
+        assert (await anext(got.aiter_lines())).startswith(": waiting, predicted start-ms=")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -153,12 +153,12 @@ async def test_what_would_begin_too_late_for_its_client_is_not_promised(
     stage: Stage, *, stream: bool
 ) -> None:
     """The scheduler counts from when it heard of it; its client from when it asked."""
-    stage.mesh.plan = lambda spec: promised(spec, 0.5)[:1]
+    stage.mesh.plan = lambda spec: promised(spec, 5.0)[:1]
     body = {"model": "demo_model", "prompt": "x", "stream": stream}
-    headers = {"x-tranche-ttft-ms": "500"}
+    headers = {"x-tranche-ttft-ms": "5000"}
     answer = await stage.client.post("/v1/completions", json=body, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "deadline_unreachable")
-    assert "it was on its way; 0.50 s are allowed" in answer.json()["error"]["message"]
+    assert "it was on its way; 5.00 s are allowed" in answer.json()["error"]["message"]
     assert int(answer.headers["retry-after-ms"]) >= 1
     await stage.mesh.until_heard(Cancel)
     stage.mesh.plan = lambda spec: promised(spec, 0.01)
@@ -168,18 +168,18 @@ async def test_what_would_begin_too_late_for_its_client_is_not_promised(
 
 async def test_the_first_word_of_a_promise_stands(stage: Stage) -> None:
     """Messages come twice, and later than they were sent."""
-    stage.mesh.plan = lambda spec: promised(spec, 0.4)[:1]
+    stage.mesh.plan = lambda spec: promised(spec, 2.0)[:1]
     body = {"model": "demo_model", "prompt": "x"}
-    headers = {"x-tranche-ttft-ms": "600"}
+    headers = {"x-tranche-ttft-ms": "3000"}
     asking = asyncio.create_task(stage.client.post("/v1/completions", json=body, headers=headers))
     await stage.mesh.until_heard(Submit)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.1)  # counted from then it would be too late
     (spec,) = stage.mesh.specs.values()
-    for message in promised(spec, 0.4):
+    for message in promised(spec, 2.0):
         await stage.mesh.say(message)
     answer = await asking
     assert answer.status_code == 200
-    assert int(answer.headers["x-tranche-predicted-start-ms"]) < 600
+    assert int(answer.headers["x-tranche-predicted-start-ms"]) < 3_000
 
 
 async def test_one_choice_in_time_is_enough(stage: Stage) -> None:
@@ -187,7 +187,7 @@ async def test_one_choice_in_time_is_enough(stage: Stage) -> None:
     stage.mesh.plan = lambda spec: promised(spec, 0.01 if spec.request_id.endswith("0") else 9.0)
     body = {"model": "demo_model", "prompt": "x", "n": 2}
     answer = await stage.client.post(
-        "/v1/completions", json=body, headers={"x-tranche-ttft-ms": "500"}
+        "/v1/completions", json=body, headers={"x-tranche-ttft-ms": "5000"}
     )
     assert answer.status_code == 200
 

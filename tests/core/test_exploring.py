@@ -5,17 +5,15 @@ from itertools import pairwise
 import pytest
 
 from services.scheduler.core.exploring import FIRST_S, LEAST_S, MOST_S, REFUSED_LEAST, Explorer
-from shared import tokens
 from shared.messages import (
     Accepted,
     Cancel,
-    LengthClass,
-    LengthForecast,
     Rejected,
     Sampling,
     Stopped,
 )
 from tests.core.test_after_bursts import Mesh
+from tests.core.test_foretelling import forecast_of
 
 LONG, SHORT = 800, 5
 WITHIN_MS = 200
@@ -150,15 +148,7 @@ def test_predictions_count_where_they_told_something() -> None:
     mesh = Mesh()
     for _ in range(20):
         mesh.serve(1, SHORT)
-    lengths = tokens.pack([SHORT, LONG] * 50)
-    known = LengthClass(
-        model="m",
-        lengths=lengths,
-        finished=100,
-        prompts=tokens.pack([10] * 100),
-        predicted=lengths,
-    )
-    mesh.say(LengthForecast(version=1, classes=(known,)))
+    mesh.say(forecast_of(SHORT, LONG))
     told = [
         mesh.ask(max_tokens=LONG, predicted_output_tokens=length).output_tokens
         for length in (SHORT, LONG)

@@ -18,18 +18,24 @@ from tests.core.seam import PROMPT, Bench, beat_of, submit
 FULL = Constants(slice_tokens=16, waiting_max=5000, running_max=1)
 
 
-def bench_of(*, predicts: bool = True) -> Bench:
-    bench = Bench("tranche", FULL)
-    bench.say(beat_of("w1", forms=("leased",)))
-    lengths = tokens.pack([2, 400] * 50)
+def forecast_of(*each: int, predicts: bool = False) -> LengthForecast:
+    """Outputs of these lengths in turn, each predicted as it became."""
+    lengths = tokens.pack(each * 50)
+    count = tokens.count(lengths)
     known = LengthClass(
         model="m",
         lengths=lengths,
-        finished=100,
-        prompts=tokens.pack([10] * 100),
+        finished=count,
+        prompts=tokens.pack([10] * count),
         predicted=lengths,
     )
-    bench.say(LengthForecast(version=1, classes=(known,), predicts=predicts))
+    return LengthForecast(version=1, classes=(known,), predicts=predicts)
+
+
+def bench_of(*, predicts: bool = True) -> Bench:
+    bench = Bench("tranche", FULL)
+    bench.say(beat_of("w1", forms=("leased",)))
+    bench.say(forecast_of(2, 400, predicts=predicts))
     return bench
 
 

@@ -1,11 +1,11 @@
 """The outbox and the journal: order for each receiver, bounds, and what happens to errors."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
 
+from services.scheduler import journal as journals
 from services.scheduler.core.replay import (
     BadJournal,
     Started,
@@ -16,7 +16,7 @@ from services.scheduler.core.replay import (
     to_bytes,
 )
 from services.scheduler.core.settings import Constants
-from services.scheduler.journal import FLUSHED_S, Journal
+from services.scheduler.journal import Journal
 from services.scheduler.outbox import IN_FLIGHT_MAX, WAITING_MAX, Outbox
 from shared.bus.api import Address, BusError, Unroutable
 from shared.bus.memory import MemoryBroker, MemoryBus
@@ -116,12 +116,14 @@ def test_a_journal_ends_at_its_greatest_size(tmp_path: Path) -> None:
     assert replay(path.read_bytes()[:-3])[1] is None
 
 
-def test_a_journal_can_be_read_while_its_scheduler_lives(tmp_path: Path) -> None:
+def test_a_journal_can_be_read_while_its_scheduler_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A beat is enough for that, soon after."""
+    monkeypatch.setattr(journals, "FLUSHED_S", 0.0)
     path = tmp_path / "journal"
     journal = Journal(path, bytes_max=10_000)
     journal.record(started("scls", Constants()))
-    time.sleep(FLUSHED_S)
     journal.record(Step(now=1.0, event=None, commands=()))
     assert len(list(records(path.read_bytes()))) == 2
     journal.close()
